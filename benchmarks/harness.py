@@ -1,0 +1,157 @@
+"""What every suite shares: results, the machine they were taken on, and interleaved timing."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Check:
+    """A target such as ">= 1.5" and whether the measured value holds it; None: not measured."""
+
+    name: str
+    value: float | None
+    target: str
+    holds: bool | None
+
+    @classmethod
+    def at_least(cls, name: str, value: float | None, limit: float) -> Check:
+        return cls(name, value, f">= {limit:g}", None if value is None else value >= limit)
+
+    @classmethod
+    def at_most(cls, name: str, value: float | None, limit: float) -> Check:
+        return cls(name, value, f"<= {limit:g}", None if value is None else value <= limit)
+
+
+@dataclass
+class Result:
+    """Rows share their keys. ``chart`` names the column to plot; ``extra`` joins the JSON."""
+
+    command: str
+    environment: dict[str, Any]
+    rows: list[dict[str, Any]]
+    checks: list[Check]
+    chart: str = ""
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "command": self.command,
+            "environment": self.environment,
+            "rows": self.rows,
+            "checks": [vars(check) for check in self.checks],
+            **self.extra,
+        }
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=1)
+
+    def to_csv(self) -> str:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(self.rows[0]) if self.rows else [])
+        writer.writeheader()
+        writer.writerows(self.rows)
+        return text.getvalue()
+
+    def to_markdown(self) -> str:
+        verdicts = {True: "yes", False: "NO", None: "not measured"}
+        checks = [
+            {"check": c.name, "value": c.value, "target": c.target, "holds": verdicts[c.holds]}
+            for c in self.checks
+        ]
+        machine = ", ".join(f"{key} {value}" for key, value in self.environment.items())
+        parts = [f"`{self.command}`", _table(self.rows), _table(checks), machine]
+        return "\n\n".join(part for part in parts if part) + "\n"
+
+    def write(self, path: str | Path) -> None:
+        """The JSON at path; the same tables as .md and, with matplotlib, a .png beside it."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(self.to_json() + "\n")
+        path.with_suffix(".md").write_text(self.to_markdown())
+        if self.chart:
+            self._plot(path.with_suffix(".png"))
+
+    def _plot(self, path: Path) -> None:
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            return
+        rows = [row for row in self.rows if row.get(self.chart) is not None][::-1]
+        keys = [key for key in self.rows[0] if key in ("model", "test", "depth", "stage")]
+        labels = [" ".join(str(row[key]) for key in keys) for row in rows]
+        figure = Figure(figsize=(8, 1 + 0.3 * len(rows)), layout="constrained")
+        axes = figure.add_subplot()
+        axes.barh(labels, [row[self.chart] for row in rows])
+        axes.set_xlabel(self.chart)
+        figure.savefig(path, dpi=120)
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    if not rows:
+        return ""
+    lines = [list(rows[0]), ["---"] * len(rows[0])]
+    lines += [[_cell(value) for value in row.values()] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return (
+        f"{value:.3g}"
+        if isinstance(value, float) and abs(value) < 100
+        else (f"{value:.0f}" if isinstance(value, float) else str(value))
+    )
+
+
+def environment() -> dict[str, Any]:
+    import torch
+    import transformers
+
+    import regraft
+
+    cuda = torch.cuda.is_available()
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "regraft": regraft.__version__,
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "cpu": _cpu_model(),
+        "threads": torch.get_num_threads(),
+        "load": [round(load, 2) for load in os.getloadavg()],
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())
+
+
+def interleaved(
+    functions: dict[str, Callable[[], Any]], rounds: int
+) -> dict[str, tuple[float, float]]:
+    """Median and standard deviation in milliseconds; each function runs once before timing."""
+    samples: dict[str, list[float]] = {name: [] for name in functions}
+    for turn in range(rounds + 1):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            if turn:
+                samples[name].append(1000 * (time.perf_counter() - start))
+    return {name: (statistics.median(s), statistics.pstdev(s)) for name, s in samples.items()}

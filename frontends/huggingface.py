@@ -1,0 +1,245 @@
+"""Hugging Face causal language models to a Program, through their own registries.
+
+The model runs once on symbolic shapes with our attention function, our mask function and our
+cache layers registered; nothing is patched and no architecture is special.
+"""
+
+from __future__ import annotations
+
+import inspect
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, fx
+from torch._dynamo.source import LocalSource
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+from regraft.kernels import ops  # noqa: F401  registers the regraft:: operators
+from regraft.program import CacheSpec, LayerState, Program, RegraftError, TensorSpec
+
+BATCH, QUERIES, PAST = 2, 3, 7
+
+
+def _attention(module, q, k, v, mask, scaling=None, dropout=0.0, **kwargs):
+    scale = scaling if scaling is not None else q.shape[-1] ** -0.5
+    softcap = kwargs.get("softcap") or 0.0
+    sinks = kwargs.get("s_aux")
+    bias = kwargs.get("position_bias")
+    if bias is not None:
+        mask = bias if mask is None else torch.where(mask, bias, float("-inf"))
+    out = torch.ops.regraft.attention(q, k, v, mask, sinks, float(scale), float(softcap))
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _window_of(mask_function, local_size) -> int | None:
+    """0 for a causal mask, its size for a sliding window, None for any other mask."""
+    if mask_function is causal_mask_function:
+        return 0
+    with unset_fake_temporarily(), disable_proxy_modes_tracing():
+        try:
+            size = int(local_size or 0)
+            query = torch.tensor(4 * size + 9)
+            zero = torch.tensor(0)
+            edges = [1, 0, -1, 1 - size, -size, -size - 1]
+            seen = [bool(mask_function(zero, zero, query, query + edge)) for edge in edges]
+        except (RuntimeError, TypeError, ValueError, IndexError):
+            return None
+    expected = [edge <= 0 and (size == 0 or edge > -size) for edge in edges]
+    return size if seen == expected else None
+
+
+def _mask(batch_size, q_length, kv_length, q_offset=0, kv_offset=0, **kwargs):
+    window = _window_of(kwargs.get("mask_function", causal_mask_function), kwargs.get("local_size"))
+    plain = isinstance(kv_offset, int) and kv_offset == 0 and not torch.is_tensor(q_offset)
+    if window is None or not plain:
+        return sdpa_mask(
+            batch_size, q_length, kv_length, q_offset, kv_offset,
+            **{**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False},
+        )  # fmt: skip
+    return torch.ops.regraft.causal_mask(
+        kwargs.get("attention_mask"), q_length, kv_length, q_offset, window, batch_size
+    )
+
+
+AttentionInterface.register("regraft", _attention)
+AttentionMaskInterface.register("regraft", _mask)
+
+
+class _CapturedLayer(DynamicLayer):
+    """A cache layer that leaves one ``regraft::kv_update`` for keys and one for values."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.keys, self.values = keys, values
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        self.keys = torch.ops.regraft.kv_update(self.keys, key_states)
+        self.values = torch.ops.regraft.kv_update(self.values, value_states)
+        return self.keys, self.values
+
+
+class _Step(torch.nn.Module):
+    """One call of the model as a function of ids, mask, positions and past keys and values."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        self.keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    def forward(self, input_ids, attention_mask, position_ids, logits_to_keep, *past):
+        layers = [_CapturedLayer(k, v) for k, v in zip(past[::2], past[1::2], strict=True)]
+        keep = {"logits_to_keep": logits_to_keep} if self.keeps else {}
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=Cache(layers=layers),
+            use_cache=True,
+            **keep,
+        )
+        logits = output.logits if self.keeps else output.logits[:, logits_to_keep]
+        return logits, *(state for layer in layers for state in (layer.keys, layer.values))
+
+
+class _Probe(DynamicLayer):
+    """Learns the shapes of a layer's keys and values."""
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        self.sample = (key_states, value_states)
+        return super().update(key_states, value_states, *args, **kwargs)
+
+
+def _state_shapes(model: PreTrainedModel) -> list[tuple[Tensor, Tensor]]:
+    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    layers = [_Probe() for _ in range(count)]
+    ids = torch.ones(1, 2, dtype=torch.long, device=model.device)
+    mask = torch.ones_like(ids)
+    model(input_ids=ids, attention_mask=mask, past_key_values=Cache(layers=layers), use_cache=True)
+    used = [hasattr(layer, "sample") for layer in layers]
+    if not any(used):
+        raise RegraftError(
+            f"{type(model).__name__} keeps no attention cache through transformers' Cache: "
+            "it cannot be compiled as a cached decoder"
+        )
+    last = max(i for i, use in enumerate(used) if use)
+    if not all(used[: last + 1]):
+        raise RegraftError(
+            f"{type(model).__name__} mixes attention with recurrent layers (layer "
+            f"{used.index(False)} keeps no keys): hybrid caches are not supported yet"
+        )
+    return [layer.sample for layer in layers[: last + 1]]
+
+
+@contextmanager
+def _registered(model: PreTrainedModel):
+    """Run the model with our attention; give its own back afterwards."""
+    configs = [m.config for m in model.modules() if isinstance(m, PreTrainedModel)]
+    before = [config._attn_implementation for config in configs]
+    was_training = model.training
+    model.eval()
+    try:
+        model.set_attn_implementation("regraft")
+        yield
+    except ValueError as error:
+        raise RegraftError(
+            f"{type(model).__name__} cannot use registered attention: {error}"
+        ) from error
+    finally:
+        model.train(was_training)
+        for config, name in zip(configs, before, strict=True):
+            config._attn_implementation_internal = name
+
+
+def _fake(mode: FakeTensorMode, tensor: Tensor, dynamic: tuple[int, ...], name: str) -> Tensor:
+    sizes = [DimDynamic.DYNAMIC if i in dynamic else DimDynamic.STATIC for i in range(tensor.dim())]
+    context = StatelessSymbolicContext(dynamic_sizes=sizes)
+    return mode.from_tensor(tensor, symbolic_context=context, source=LocalSource(name))
+
+
+def capture(model: PreTrainedModel) -> Program:
+    """Program of one step: prefill, decode and verification are the same graph.
+
+    Inputs: input_ids [batch_size, sequence_length], attention_mask [batch_size,
+    total_sequence_length], position_ids, logits_to_keep [kept], and per layer
+    past_key_values.{i}.key and .value [batch_size, heads, past_sequence_length, head_dim].
+    Outputs: logits [batch_size, kept, vocab] and present.{i}.key and .value.
+    """
+    with torch.no_grad(), _registered(model):
+        shapes = _state_shapes(model)
+        inputs, examples, dynamic = _signature(model, shapes)
+        mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+        fakes = [
+            _fake(mode, example, dims, spec.name)
+            for spec, example, dims in zip(inputs, examples, dynamic, strict=True)
+        ]
+        step = _Step(model)
+        try:
+            module = make_fx(
+                step, pre_dispatch=True, record_module_stack=True, _allow_non_fake_inputs=True
+            )(*fakes)
+        except Exception as error:
+            raise RegraftError(
+                f"{type(model).__name__} could not be captured: {type(error).__name__}: "
+                f"{str(error).splitlines()[0] if str(error) else ''}"
+            ) from error
+    fixed = {
+        str(symbol): int(v) for symbol, v in mode.shape_env.replacements.items() if v.is_number
+    }
+    if fixed:
+        raise RegraftError(f"{type(model).__name__} fixes dynamic sizes: {fixed}")
+    _name_constants(module, step)
+    outputs = [TensorSpec("logits", ("batch_size", "kept", "vocab"), model.dtype, "logits")]
+    for spec in inputs[4:]:
+        name = spec.name.replace("past_key_values", "present")
+        shape = (*spec.shape[:2], "total_sequence_length", spec.shape[3])
+        outputs.append(TensorSpec(name, shape, spec.dtype, "cache"))
+    layers = tuple(LayerState() for _ in shapes)
+    return Program(module, tuple(inputs), tuple(outputs), CacheSpec(layers), tuple(examples))
+
+
+def _signature(model, shapes):
+    device = model.device
+    limit = model.config.get_text_config(decoder=True).vocab_size
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, max(4, limit), (BATCH, QUERIES), generator=generator).to(device)
+    mask = torch.ones(BATCH, PAST + QUERIES, dtype=torch.long, device=device)
+    mask[0, :4] = 0
+    positions = torch.arange(PAST, PAST + QUERIES, device=device).repeat(BATCH, 1)
+    positions[0] -= 4
+    keep = torch.arange(QUERIES, device=device)
+    rows = ("batch_size", "sequence_length")
+    inputs = [
+        TensorSpec("input_ids", rows, torch.long, "ids"),
+        TensorSpec("attention_mask", ("batch_size", "total_sequence_length"), torch.long, "mask"),
+        TensorSpec("position_ids", rows, torch.long, "positions"),
+        TensorSpec("logits_to_keep", ("kept",), torch.long, "positions"),
+    ]
+    examples = [ids, mask, positions, keep]
+    dynamic = [(0, 1), (0, 1), (0, 1), (0,)]
+    for i, states in enumerate(shapes):
+        for kind, state in zip(("key", "value"), states, strict=True):
+            shape = (BATCH, state.shape[1], PAST, state.shape[3])
+            past = torch.randn(shape, generator=generator).to(device=device, dtype=state.dtype)
+            dims = ("batch_size", shape[1], "past_sequence_length", shape[3])
+            inputs.append(TensorSpec(f"past_key_values.{i}.{kind}", dims, state.dtype, "cache"))
+            examples.append(past)
+            dynamic.append((0, 2))
+    return inputs, examples, dynamic
+
+
+def _name_constants(module: fx.GraphModule, step: torch.nn.Module) -> None:
+    """Give parameters and buffers the names that they have in the model."""
+    known = {id(t): n for n, t in [*step.model.named_buffers(), *step.model.named_parameters()]}
+    for node in module.graph.find_nodes(op="get_attr"):
+        value = getattr(module, node.target, None)
+        if id(value) in known:
+            name = known[id(value)].replace(".", "_")
+            setattr(module, name, value)
+            node.target = name
+    module.recompile()

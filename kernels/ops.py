@@ -1,0 +1,91 @@
+"""The ``regraft::`` operators that graphs hold, with their reference bodies and shapes."""
+
+import torch
+from torch import Tensor
+
+from regraft.kernels.attention.reference import attention
+from regraft.kernels.rotary.reference import rotate
+
+_library = torch.library.Library("regraft", "DEF")
+
+
+def _define(schema: str, body, fake) -> None:
+    _library.define(schema)
+    name = schema.split("(")[0]
+    _library.impl(name, body, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"regraft::{name}", fake, lib=_library)
+
+
+def _update_fake(past: Tensor, new: Tensor) -> Tensor:
+    batch, heads, length, size = new.shape
+    return new.new_empty(batch, heads, past.shape[2] + length, size)
+
+
+def _attention(q, k, v, mask, sinks, scale, softcap):
+    return attention(q, k, v, mask, scale, softcap, sinks)
+
+
+def _attention_fake(q, k, v, mask, sinks, scale, softcap):
+    return q.new_empty(*q.shape[:-1], v.shape[-1])
+
+
+def causal_mask(padding, queries, keys, offset, window, batch):
+    """Bool [batch, 1, queries, keys]: key t is seen by query s when t <= s + offset, within
+    the window (0: unlimited), and where padding [batch, keys] is nonzero."""
+    device = padding.device if padding is not None else None
+    query = torch.arange(queries, device=device)[:, None] + offset
+    key = torch.arange(keys, device=device)[None]
+    seen = key <= query
+    if window:
+        seen = seen & (key > query - window)
+    seen = seen[None, None]
+    if padding is not None:
+        seen = seen & padding[:, None, None, :keys].bool()
+    return seen.expand(batch, 1, queries, keys).contiguous()
+
+
+def _mask_fake(padding, queries, keys, offset, window, batch):
+    device = padding.device if padding is not None else "cpu"
+    return torch.empty(batch, 1, queries, keys, dtype=torch.bool, device=device)
+
+
+def _cached(q, k, v, past_key, past_value, mask, cos, sin, sinks, scale, softcap, style, offset):
+    if cos is not None:
+        q = rotate(q, cos, sin, style == "interleaved", offset)
+        k = rotate(k, cos, sin, style == "interleaved", offset)
+    key, value = torch.cat([past_key, k], 2), torch.cat([past_value, v], 2)
+    return attention(q, key, value, mask, scale, softcap, sinks), key, value
+
+
+def _cached_fake(q, k, v, past_key, past_value, *_):
+    return (
+        q.new_empty(*q.shape[:-1], v.shape[-1]),
+        _update_fake(past_key, k),
+        _update_fake(past_value, v),
+    )
+
+
+_define(
+    "kv_update(Tensor past, Tensor new) -> Tensor",
+    lambda past, new: torch.cat([past, new], 2),
+    _update_fake,
+)
+_define(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? sinks, float scale, "
+    "float softcap) -> Tensor",
+    _attention,
+    _attention_fake,
+)
+_define(
+    "causal_mask(Tensor? padding, SymInt queries, SymInt keys, SymInt offset, int window, "
+    "SymInt batch) -> Tensor",
+    causal_mask,
+    _mask_fake,
+)
+_define(
+    "cached_attention(Tensor q, Tensor k, Tensor v, Tensor past_key, Tensor past_value, "
+    "Tensor? mask, Tensor? cos, Tensor? sin, Tensor? sinks, float scale, float softcap, "
+    "str style, int offset) -> (Tensor, Tensor, Tensor)",
+    _cached,
+    _cached_fake,
+)

@@ -1,0 +1,24 @@
+"""Graph to graph: one pass, one file."""
+
+from regraft.passes.base import Context, Pass, PassResult, pass_named, registry, run
+from regraft.passes.clean_up import CleanUp
+from regraft.passes.fuse_linear import FuseLinear
+from regraft.passes.kvquant import KVQuant
+from regraft.passes.raise_attention import RaiseAttention
+
+DEFAULT: tuple[Pass, ...] = (CleanUp(), RaiseAttention(), FuseLinear())
+"""What every compiled model gets before the passes that the user asked for."""
+
+__all__ = [
+    "DEFAULT",
+    "CleanUp",
+    "Context",
+    "FuseLinear",
+    "KVQuant",
+    "Pass",
+    "PassResult",
+    "RaiseAttention",
+    "pass_named",
+    "registry",
+    "run",
+]

@@ -1,0 +1,120 @@
+"""The contract of a pass, and the one place that runs, checks, times and reports passes."""
+
+from __future__ import annotations
+
+import difflib
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from regraft.kernels import ops  # noqa: F401  registers the regraft:: operators
+from regraft.program import Program, RegraftError, Report, Row
+
+registry: dict[str, type[Pass]] = {}
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """How often the pass matched, and (where, reason) of each place it left alone."""
+
+    matches: int
+    skipped: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass
+class Context:
+    """What passes share: the user's calibration batches."""
+
+    calibration: Sequence[Any] = ()
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Pass(ABC):
+    """A frozen dataclass of settings with one method that rewrites a program in place."""
+
+    tolerance: ClassVar[float | None] = 1e-5
+    """Largest change of the outputs allowed, as a share of their scale; None: not measured."""
+
+    def __init_subclass__(cls) -> None:
+        registry[cls.__name__] = cls
+
+    @abstractmethod
+    def apply(self, program: Program, context: Context) -> PassResult: ...
+
+    def settings(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, 1, 0.0)
+    return f"did you mean {close[0]!r}?" if close else ""
+
+
+def pass_named(name: str, settings: dict[str, Any] | None = None) -> Pass:
+    """The pass of this class name with these settings; unknown names give the nearest."""
+    if name not in registry:
+        raise RegraftError(f"unknown pass {name!r}: {nearest(name, sorted(registry))}")
+    known = [f.name for f in fields(registry[name])]
+    for key in settings or {}:
+        if key not in known:
+            raise RegraftError(f"{name} has no setting {key!r}: {nearest(key, known)}")
+    return registry[name](**(settings or {}))
+
+
+def run(
+    program: Program,
+    passes: Sequence[Pass],
+    context: Context,
+    *,
+    required: Sequence[Pass] = (),
+    dump_dir: str | Path | None = None,
+) -> Report:
+    """Apply passes in order, in place. Each is verified, timed and its error measured.
+
+    A pass in ``required`` that matches nothing is an error that names the reasons.
+    """
+    report = Report()
+    reference = program(*program.examples) if program.examples else ()
+    for index, step in enumerate(passes):
+        name = type(step).__name__
+        before = len(program.graph.nodes)
+        start = time.perf_counter()
+        result = step.apply(program, context)
+        program.graph.eliminate_dead_code()
+        program.graph_module.recompile()
+        seconds = time.perf_counter() - start
+        program.verify()
+        if not result.matches and any(step is asked for asked in required):
+            reasons = "; ".join(f"{where}: {why}" for where, why in result.skipped[:3])
+            raise RegraftError(f"{name} matched nothing. {reasons or 'No candidate in the graph.'}")
+        error = None
+        if step.tolerance is not None and reference:
+            error = _error(name, step.tolerance, reference, program)
+        after = len(program.graph.nodes)
+        report.rows.append(Row(name, result.matches, result.skipped, before, after, seconds, error))
+        if dump_dir is not None:
+            folder = Path(dump_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{index + 1:02d}_{name}.txt").write_text(program.text())
+    return report
+
+
+def _error(name: str, tolerance: float, reference: Sequence[Any], program: Program) -> float:
+    logits, changed = reference[0].float(), program(*program.examples)[0].float()
+    error = (logits - changed).abs().max().item()
+    if not error <= tolerance * logits.abs().max().item():
+        raise RegraftError(
+            f"{name} changed the output by {error:.1e}, over {tolerance:.0e} of its scale; "
+            "compile without it and report the model"
+        )
+    return error
+
+
+def is_call(node: Any, target: Any) -> bool:
+    return isinstance(node, torch.fx.Node) and node.op == "call_function" and node.target == target

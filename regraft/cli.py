@@ -1,0 +1,291 @@
+"""The ``regraft`` command."""
+
+from __future__ import annotations
+
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+app = typer.Typer(
+    help="Compile, transform and run transformer inference graphs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out, err = Console(), Console(stderr=True)
+PROMPT = "Explain in two sentences why the sky is blue."
+DEEP = 8192
+
+MODEL = typer.Option("smollm2", "--model", "-m", help="A model folder, or smollm2.")
+BITS = typer.Option("none", "--kv-bits", help="Bits of the KV cache: 2, 3, 4, 8 or none.")
+
+
+def main() -> None:
+    try:
+        app()
+    except Exception as error:
+        from regraft import RegraftError
+
+        if not isinstance(error, RegraftError):
+            raise
+        message = " ".join(str(error).split())
+        err.print(f"error: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(1)
+
+
+@app.command()
+def demo() -> None:
+    """Compile SmolLM2 with a 4-bit cache and let it answer a prompt."""
+    model, tokenizer = _load("smollm2")
+    compiled = _compile(model, _passes("4"))
+    out.print(compiled.report.table())
+    cache = _generate(compiled, tokenizer, PROMPT, 48)
+    per_token = _dense_bytes(compiled, 2)
+    _memory(cache.state.length, cache.nbytes, per_token)
+    _memory(DEEP, _cache_bytes(compiled, DEEP), per_token)
+
+
+@app.command()
+def generate(
+    prompt: str = typer.Option(..., "--prompt", "-p"),
+    model: str = MODEL,
+    max_new_tokens: int = typer.Option(64, "--max-new-tokens", "-n", min=1),
+    kv_bits: str = BITS,
+) -> None:
+    """Continue a prompt; chat models get it through their chat template."""
+    passes = _passes(kv_bits)
+    loaded, tokenizer = _load(model)
+    _generate(_compile(loaded, passes), tokenizer, prompt, max_new_tokens)
+
+
+@app.command()
+def inspect(
+    model: str = MODEL,
+    kv_bits: str = BITS,
+    graph: bool = typer.Option(False, "--graph", help="Print the transformed graph."),
+    diff: str = typer.Option("", "--diff", metavar="PASS", help="What this pass changed."),
+) -> None:
+    """Show what a model compiles to: signature, passes, cache."""
+    passes = _passes(kv_bits)
+    if diff:
+        text = _diff(model, passes, diff)
+        return print(text or f"{diff} leaves the graph as it is")
+    compiled = _compile(_load(model, tokenizer=False)[0], passes)
+    if graph:
+        return print(compiled.program.text())
+    out.print(_signature(compiled.program))
+    out.print(compiled.report.table())
+    for row in compiled.report.rows:
+        for where, reason in row.skipped[:4]:
+            out.print(f"{row.name} skipped {where}: {reason}", markup=False)
+    kept, dense = _cache_bytes(compiled, DEEP) / DEEP, _dense_bytes(compiled, 2)
+    out.print(f"{compiled!r}", markup=False)
+    out.print(f"cache: {kept:,.0f} bytes a token at {DEEP} tokens (float16 dense: {dense:,})")
+
+
+@app.command()
+def passes() -> None:
+    """List the passes and their settings."""
+    from regraft.passes import registry
+
+    table = Table()
+    for column in ("pass", "what it does", "settings"):
+        table.add_column(column)
+    for name, kind in sorted(registry.items()):
+        default = kind()
+        settings = ", ".join(f"{key}={value}" for key, value in default.settings().items())
+        line = " ".join((kind.__doc__ or "").strip().splitlines()[0].split())
+        table.add_row(name, escape(line), settings or "-")
+    out.print(table)
+
+
+@app.command()
+def bench(
+    suite: str = typer.Argument(..., help="decode or capture."),
+    quick: bool = typer.Option(False, "--quick", help="A subset, in about a minute."),
+    json: Path | None = typer.Option(None, "--json", help="Write JSON here, .md and .png beside."),
+    output: str = typer.Option("md", "--output", "-o", help="md, json or csv on stdout."),
+) -> None:
+    """Run a benchmark suite."""
+    from regraft import RegraftError
+    from regraft.benchmarks import SUITES
+
+    if suite not in SUITES:
+        raise RegraftError(f"unknown suite {suite!r}: {', '.join(SUITES)}")
+    if output not in ("md", "json", "csv"):
+        raise RegraftError(f"unknown output {output!r}: md, json or csv")
+    _hush()
+    result = import_module(SUITES[suite]).run(quick)
+    if json is not None:
+        result.write(json)
+    texts = {"md": result.to_markdown, "json": result.to_json, "csv": result.to_csv}
+    print(texts[output]())
+
+
+def _hush() -> None:
+    from transformers.utils import logging
+
+    warnings.simplefilter("ignore")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+@contextmanager
+def _status(text: str) -> Iterator[None]:
+    with err.status(text):
+        yield
+
+
+def _passes(kv_bits: str) -> list[Any]:
+    from regraft import KVQuant, RegraftError
+
+    if kv_bits == "none":
+        return []
+    if not kv_bits.isdigit():
+        raise RegraftError(f"--kv-bits {kv_bits}: 2, 3, 4, 8 or none")
+    return [KVQuant(bits=int(kv_bits))]
+
+
+def _load(name: str, tokenizer: bool = True) -> tuple[Any, Any]:
+    with _status("starting transformers"):
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        from regraft import RegraftError
+        from regraft.assets import smollm2
+
+        _hush()
+    if name == "smollm2":
+        try:
+            folder = smollm2()
+        except RuntimeError as error:
+            raise RegraftError(str(error)) from error
+    else:
+        folder = Path(name)
+        if not (folder / "config.json").is_file():
+            raise RegraftError(f"{name} is not a model folder: it has no config.json")
+    with _status(f"loading {folder.name}"):
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, local_files_only=True
+            )
+            words = None
+            if tokenizer:
+                words = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise RegraftError(f"{name} cannot be loaded: {error}") from error
+    return model.eval(), words
+
+
+def _compile(model: Any, passes: list[Any]) -> Any:
+    import regraft
+
+    with _status(f"compiling {type(model).__name__}"):
+        return regraft.compile(model, passes)
+
+
+def _generate(compiled: Any, tokenizer: Any, prompt: str, count: int) -> Any:
+    from transformers import TextStreamer
+
+    if tokenizer.chat_template:
+        turn = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(
+            turn, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt")
+    ids, cache = inputs["input_ids"], compiled.new_cache()
+    start = time.perf_counter()
+    made = compiled.generate(
+        ids,
+        attention_mask=inputs["attention_mask"],
+        past_key_values=cache,
+        max_new_tokens=count,
+        do_sample=False,
+        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+    )
+    seconds = time.perf_counter() - start
+    new = made.shape[1] - ids.shape[1]
+    err.print(f"{new} tokens in {seconds:.1f} s, prompt included: {new / seconds:.1f} tokens/s")
+    return cache
+
+
+def _memory(tokens: int, kept: int, dense: int) -> None:
+    share = kept / (tokens * dense)
+    out.print(
+        f"cache of {tokens} tokens: {kept / 2**20:.2f} MiB, "
+        f"float16 dense {tokens * dense / 2**20:.2f} MiB ({share:.0%})"
+    )
+
+
+def _states(program: Any) -> list[Any]:
+    return [spec for spec in program.inputs if spec.role == "cache"]
+
+
+def _dense_bytes(compiled: Any, size: int) -> int:
+    return sum(size * spec.shape[1] * spec.shape[3] for spec in _states(compiled.program))
+
+
+def _cache_bytes(compiled: Any, tokens: int) -> int:
+    """Measured: a layer of each kind filled with this many random keys and values."""
+    import torch
+
+    states = iter(_states(compiled.program))
+    kinds = compiled.program.cache.layers
+    layers = compiled.new_cache().state.layers
+    sizes: dict[Any, int] = {}
+    total = 0
+    for kind, layer, *pair in zip(kinds, layers, states, states, strict=True):
+        key = (kind, pair[0].shape, pair[1].shape)
+        if key not in sizes:
+            k, v = (torch.randn(1, s.shape[1], tokens, s.shape[3]).to(s.dtype) for s in pair)
+            layer.step(k[:, :, :1], k, v)
+            sizes[key] = layer.nbytes
+        total += sizes[key]
+    return total
+
+
+def _signature(program: Any) -> Table:
+    table = Table(title="signature")
+    for column in ("name", "dtype", "shape"):
+        table.add_column(column)
+    for kind, specs in (("in", program.inputs), ("out", program.outputs)):
+        states = [spec for spec in specs if spec.role == "cache"]
+        for spec in [spec for spec in specs if spec.role != "cache"] + states[:2]:
+            shape = ", ".join(map(str, spec.shape))
+            table.add_row(f"{kind} {spec.name}", str(spec.dtype).split(".")[-1], shape)
+        if len(states) > 2:
+            table.add_row(f"{kind} ... {len(states) - 2} more states", "", "")
+    return table
+
+
+def _diff(name: str, asked: list[Any], target: str) -> str:
+    from regraft.frontends.huggingface import capture
+    from regraft.passes import DEFAULT, Context, pass_named, run
+
+    step = next((p for p in (*DEFAULT, *asked) if type(p).__name__ == target), None)
+    step = step or pass_named(target)
+    before = [p for p in (*DEFAULT, *asked) if type(p).__name__ != target]
+    if step in (*DEFAULT, *asked):
+        before = [*DEFAULT, *asked][: [*DEFAULT, *asked].index(step)]
+    model, _ = _load(name, tokenizer=False)
+    with _status(f"compiling {type(model).__name__}"):
+        program, context = capture(model), Context()
+        run(program, before, context)
+        after = program.copy()
+        run(after, [step], context)
+    return program.diff(after)
+
+
+if __name__ == "__main__":
+    main()

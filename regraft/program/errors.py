@@ -1,0 +1,2 @@
+class RegraftError(Exception):
+    """What went wrong, at which node or pass, and how to mend it."""

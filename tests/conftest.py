@@ -1,0 +1,35 @@
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+SMALL = dict(
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    vocab_size=256,
+    max_position_embeddings=512,
+    pad_token_id=0,
+)
+
+
+def tiny(model_type: str, **changes):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **{**SMALL, **changes})
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.fixture(scope="session")
+def llama():
+    return tiny("llama")
+
+
+@pytest.fixture
+def batch():
+    """Two prompts, the first padded on the left by three tokens."""
+    ids = torch.randint(3, 256, (2, 9), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    return {"input_ids": ids, "attention_mask": mask}

@@ -1,0 +1,101 @@
+import pytest
+import torch
+
+import regraft
+from regraft.compiler import read_recipe, write_recipe
+from regraft.frontends.huggingface import capture
+from regraft.passes import DEFAULT, Context, FuseLinear, KVQuant, RaiseAttention, registry, run
+from regraft.program import RegraftError
+
+
+@pytest.fixture
+def program(llama):
+    return capture(llama)
+
+
+def count(program, target):
+    return len(program.graph.find_nodes(op="call_function", target=target))
+
+
+def test_default_passes_report_matches_and_no_error(program):
+    report = run(program, DEFAULT, Context())
+    assert [row.name for row in report.rows] == ["CleanUp", "RaiseAttention", "FuseLinear"]
+    assert [row.matches for row in report.rows[1:]] == [2, 4]
+    assert all(row.max_abs_error <= 1e-5 for row in report.rows)
+    assert count(program, torch.ops.aten.linear.default) == 2 * 4 + 1
+    assert count(program, torch.ops.regraft.attention.default) == 0
+    assert "RaiseAttention" in str(report)
+
+
+def test_a_wrong_rotation_is_caught(program, monkeypatch):
+    from regraft.passes import raise_attention
+
+    right = raise_attention._as_rotation
+
+    def wrong(matrix):
+        cos, sin, style, offset = right(matrix)
+        return cos, sin, "interleaved" if style == "half" else "half", offset
+
+    monkeypatch.setattr(raise_attention, "_as_rotation", wrong)
+    with pytest.raises(RegraftError, match="RaiseAttention changed the output"):
+        run(program, DEFAULT, Context())
+
+
+@pytest.mark.parametrize("style", ["half", "interleaved"])
+@pytest.mark.parametrize("offset", [0, 4])
+def test_rotation_matrices_are_recognised(style, offset):
+    from regraft.kernels.rotary.reference import rotate
+    from regraft.passes.raise_attention import _as_rotation
+
+    angles = torch.rand(1, 3, 4) + 0.1
+    eye = torch.eye(16)[:, None, None].expand(16, 1, 3, 16)
+    turned = rotate(eye, angles.cos(), angles.sin(), style == "interleaved", offset)
+    matrix = turned.permute(1, 2, 3, 0)
+    cos, sin, found, start = _as_rotation(matrix)
+    assert (found, start) == (style, offset)
+    torch.testing.assert_close(cos, angles.cos())
+    torch.testing.assert_close(sin, angles.sin())
+    assert _as_rotation(matrix * 1.01 + 0.01) is None
+
+
+def test_a_required_pass_without_match_is_an_error(program):
+    step = KVQuant(bits=4)
+    with pytest.raises(RegraftError, match="KVQuant matched nothing.*not raised"):
+        run(program, [step], Context(), required=[step])
+
+
+def test_bad_settings_name_the_mend(tmp_path):
+    with pytest.raises(RegraftError, match="bits must be"):
+        KVQuant(bits=5)
+    path = tmp_path / "recipe.yaml"
+    path.write_text("version: 1\npasses: [{KVQant: {bits: 4}}]")
+    with pytest.raises(RegraftError, match="did you mean 'KVQuant'"):
+        read_recipe(path)
+    path.write_text("version: 1\npasses: [{KVQuant: {bit: 4}}]")
+    with pytest.raises(RegraftError, match="did you mean 'bits'"):
+        read_recipe(path)
+
+
+def test_recipe_round_trip(tmp_path):
+    passes = [FuseLinear(), KVQuant(bits=3, group=32)]
+    write_recipe(passes, tmp_path / "recipe.yaml")
+    assert read_recipe(tmp_path / "recipe.yaml") == passes
+
+
+def test_every_pass_states_its_rewrite():
+    assert {"CleanUp", "FuseLinear", "KVQuant", "RaiseAttention"} <= set(registry)
+    for name, kind in registry.items():
+        text = (kind.__doc__ or "").lower()
+        assert "->" in text and ("exact" in text or "lossy" in text), name
+
+
+def test_dump_dir_holds_a_graph_a_pass(llama, tmp_path):
+    regraft.compile(llama, [RaiseAttention()][:0], dump_dir=tmp_path)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["01_CleanUp.txt", "02_RaiseAttention.txt", "03_FuseLinear.txt"]
+
+
+def test_diff_shows_the_raised_node(llama):
+    before, after = capture(llama), capture(llama)
+    run(after, DEFAULT, Context())
+    assert "+cached_attention" in before.diff(after)
