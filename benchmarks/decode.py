@@ -115,7 +115,7 @@ def _prefill(contenders: dict[str, _Contender], ids: torch.Tensor, rounds: int) 
 
     timed = interleaved({name: function(one) for name, one in contenders.items()}, rounds)
     return [
-        _row(name, f"pp{PROMPT}", 0, PROMPT, *timed[name], None, one.seconds)
+        _row(name, f"pp{PROMPT}", 0, PROMPT, timed[name][0], timed[name][1], None, one.seconds)
         for name, one in contenders.items()
     ]
 
@@ -128,7 +128,7 @@ def _decode(contenders: dict[str, _Contender], ids: torch.Tensor, depth: int, ro
 
     timed = interleaved({name: function(name) for name in contenders}, rounds)
     return [
-        _row(name, "tg", depth, 1, *timed[name], _bytes(caches[name]) / (depth + rounds + 1),
+        _row(name, "tg", depth, 1, timed[name][0], timed[name][1], _bytes(caches[name]) / (depth + rounds + 1),
              one.seconds)
         for name, one in contenders.items()
     ]  # fmt: skip

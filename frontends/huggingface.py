@@ -25,11 +25,11 @@ from regraft.program import CacheSpec, LayerState, Program, RegraftError, Tensor
 BATCH, QUERIES, PAST = 2, 3, 7
 
 
-def _attention(module, q, k, v, mask, scaling=None, dropout=0.0, **kwargs):
+def _attention(module, q, k, v, attention_mask=None, scaling=None, dropout=0.0, **kwargs):
     scale = scaling if scaling is not None else q.shape[-1] ** -0.5
     softcap = kwargs.get("softcap") or 0.0
     sinks = kwargs.get("s_aux")
-    bias = kwargs.get("position_bias")
+    mask, bias = attention_mask, kwargs.get("position_bias")
     if bias is not None:
         mask = bias if mask is None else torch.where(mask, bias, float("-inf"))
     out = torch.ops.regraft.attention(q, k, v, mask, sinks, float(scale), float(softcap))
@@ -117,7 +117,7 @@ class _Probe(DynamicLayer):
 
 def _state_shapes(model: PreTrainedModel) -> list[tuple[Tensor, Tensor]]:
     count = model.config.get_text_config(decoder=True).num_hidden_layers
-    layers = [_Probe() for _ in range(count)]
+    layers: list = [_Probe() for _ in range(count)]
     ids = torch.ones(1, 2, dtype=torch.long, device=model.device)
     mask = torch.ones_like(ids)
     model(input_ids=ids, attention_mask=mask, past_key_values=Cache(layers=layers), use_cache=True)
@@ -141,10 +141,13 @@ def _registered(model: PreTrainedModel):
     """Run the model with our attention; give its own back afterwards."""
     configs = [m.config for m in model.modules() if isinstance(m, PreTrainedModel)]
     before = [config._attn_implementation for config in configs]
+    experts = model.get_experts_implementation()
     was_training = model.training
     model.eval()
     try:
         model.set_attn_implementation("regraft")
+        if experts:
+            model.set_experts_implementation("batched_mm")
         yield
     except ValueError as error:
         raise RegraftError(
@@ -152,6 +155,8 @@ def _registered(model: PreTrainedModel):
         ) from error
     finally:
         model.train(was_training)
+        if experts:
+            model.set_experts_implementation(experts)
         for config, name in zip(configs, before, strict=True):
             config._attn_implementation_internal = name
 

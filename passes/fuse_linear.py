@@ -46,7 +46,9 @@ def _fuse(module: fx.GraphModule, nodes: list[fx.Node]) -> None:
     fused = []
     with graph.inserting_before(first):
         for index in range(1, len(first.args)):
-            parts = [getattr(module, node.args[index].target) for node in nodes if node.args[index]]
+            parts = [
+                getattr(module, str(node.args[index].target)) for node in nodes if node.args[index]
+            ]
             if not parts:
                 continue
             name = f"{first.args[index].target}_fused"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from operator import getitem
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -87,11 +88,9 @@ class _RotationFinder:
     program: Program
     values: dict[fx.Node, object] = field(default_factory=dict)
     made: dict[tuple, tuple] = field(default_factory=dict)
-    known: dict[tuple, tuple | None] = field(default_factory=dict)
+    known: dict[tuple, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        roles = {spec.role for spec in self.program.inputs}
-        assert "positions" in roles
         placeholders = self.program.graph.find_nodes(op="placeholder")
         self.positional, data = set(), set()
         for node, spec, example in zip(
@@ -108,7 +107,7 @@ class _RotationFinder:
                 self.positional.add(node)
 
     def find(self, q: fx.Node, k: fx.Node) -> tuple[_Rotation | None, str]:
-        found = []
+        found: list[Any] = []
         for node in (k, q):
             region = self._region(node)
             if isinstance(region, str):
@@ -121,10 +120,14 @@ class _RotationFinder:
                 return None, "what happens to the keys between projection and cache is no rotation"
             found.append((source, self.known[key], positional))
         (k_source, k_kind, positional), (q_source, q_kind, _) = found
-        same = k_kind[2:] == q_kind[2:] and torch.equal(k_kind[0], q_kind[0])
-        if not same:
+        turned = zip(k_kind[:2], q_kind[:2], strict=True)
+        if k_kind[2:] != q_kind[2:] or not all(torch.equal(a, b) for a, b in turned):
             return None, "queries and keys are rotated differently"
-        return _Rotation(q_source, k_source, *k_kind, positional), ""
+        cos, sin, style, offset = k_kind
+        rotation = _Rotation(q_source, k_source, cos, sin, style, offset, positional)
+        if self.tables(rotation)[0] is None:
+            return None, "no tensor of the graph holds the cosines and sines"
+        return rotation, ""
 
     def _region(self, end: fx.Node):
         """(dominating tensor before positions mix in, nodes after it, positional operands)."""
@@ -154,7 +157,10 @@ class _RotationFinder:
             if inner is not None:
                 used = {a for n in inner for a in n.all_input_nodes if a in self.positional}
                 tensors = tuple(
-                    sorted((a for a in used if torch.is_tensor(a.meta.get("val"))), key=order.get)
+                    sorted(
+                        (a for a in used if torch.is_tensor(a.meta.get("val"))),
+                        key=order.__getitem__,
+                    )
                 )
                 return source, sorted(inner, key=order.__getitem__), tensors
         return "no single tensor holds the keys before rotation"
@@ -176,17 +182,18 @@ class _RotationFinder:
         outside = {a for a in reached if a.target in STOPS}
         return None if frontier or outside else inner
 
-    def _value(self, node: fx.Node):
+    def _value(self, node: fx.Node) -> Any:
         if node not in self.values:
             with torch.no_grad():
                 self.values[node] = self._run(node, self._value)
         return self.values[node]
 
-    def _run(self, node: fx.Node, lookup):
+    def _run(self, node: fx.Node, lookup: Any) -> Any:
         if node.op == "get_attr":
-            return getattr(self.program.graph_module, node.target)
+            return getattr(self.program.graph_module, str(node.target))
         args = fx.map_arg(node.args, lookup)
-        return node.target(*args, **fx.map_arg(node.kwargs, lookup))
+        target: Any = node.target
+        return target(*args, **fx.map_arg(node.kwargs, lookup))
 
     def _measure(self, end, source, inner):
         batch, heads, _, size = source.meta["val"].shape
@@ -213,23 +220,22 @@ class _RotationFinder:
             pairs = rotation.cos.shape[-1]
             cos = self._table(rotation, rotation.cos, pairs)
             sin = self._table(rotation, rotation.sin, pairs)
-            self.made[key] = (cos, sin)
+            self.made[key] = (cos, sin) if cos is not None and sin is not None else (None, None)
         return (*self.made[key], rotation.style, rotation.offset)
 
-    def _table(self, rotation: _Rotation, wanted: Tensor, pairs: int) -> fx.Node:
+    def _table(self, rotation: _Rotation, wanted: Tensor, pairs: int) -> fx.Node | None:
         for node in rotation.positional:
             value = self._value(node)
-            part, parts = None, (value,)
-            if value.is_complex():
-                parts, part = (value.real, value.imag), True
+            parts = (value.real, value.imag) if value.is_complex() else (value,)
             for index, tensor in enumerate(parts):
                 for squeeze in _singletons(tensor):
                     flat = tensor.squeeze(squeeze) if squeeze else tensor
                     for step in (None, 1, 2):
                         view = flat if step is None else flat[..., ::step][..., :pairs]
                         if view.shape == wanted.shape and torch.allclose(view.float(), wanted):
-                            return self._emit(node, part and index, squeeze, step, pairs)
-        raise _no_table(rotation)
+                            part = index if value.is_complex() else None
+                            return self._emit(node, part, squeeze, step, pairs)
+        return None
 
     def _emit(self, node, complex_part, squeeze, step, pairs) -> fx.Node:
         graph = self.program.graph
@@ -242,9 +248,9 @@ class _RotationFinder:
                     anchor = graph.call_function(target, (anchor, *args))
                 return anchor
 
-            if complex_part is not None and complex_part is not False:
+            if complex_part is not None:
                 call(aten.view_as_real.default)
-                call(aten.select.int, -1, int(complex_part))
+                call(aten.select.int, -1, complex_part)
             if squeeze:
                 call(aten.squeeze.dims, list(squeeze))
             if step == 2:
@@ -252,12 +258,6 @@ class _RotationFinder:
             elif step == 1:
                 call(aten.slice.Tensor, -1, 0, pairs)
         return anchor
-
-
-def _no_table(rotation: _Rotation) -> Exception:
-    from regraft.program import RegraftError
-
-    return RegraftError(f"cos and sin of the rotation at {rotation.k.name} are in no tensor")
 
 
 def _singletons(tensor: Tensor):

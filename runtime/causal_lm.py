@@ -28,7 +28,7 @@ class SessionCache(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.state.length
 
-    def get_max_length(self, layer_idx: int = 0) -> int:
+    def get_max_length(self, layer_idx: int | None = 0) -> int:
         return -1
 
     def crop(self, tokens_to_remove: int) -> None:

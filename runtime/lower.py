@@ -43,7 +43,7 @@ def lower(program: Program) -> fx.GraphModule:
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default):
         node.target = linear
     output = graph.output_node()
-    output.args = (output.args[0][0],)
+    output.args = (output.args[0][0],)  # type: ignore[index]
     graph.eliminate_dead_code()
     for node in past:
         if node.users:

@@ -76,7 +76,7 @@ class Program:
             raise RegraftError(
                 f"{len(placeholders)} placeholders for {len(self.inputs)} inputs of the signature"
             )
-        outputs = self.graph.output_node().args[0]
+        outputs: Any = self.graph.output_node().args[0]
         if len(outputs) != len(self.outputs):
             raise RegraftError(
                 f"{len(outputs)} graph outputs for {len(self.outputs)} outputs of the signature"

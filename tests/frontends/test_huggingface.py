@@ -1,10 +1,10 @@
 import pytest
 import torch
-from tests.conftest import tiny
 
 import regraft
 from regraft.frontends.huggingface import capture
 from regraft.program import RegraftError
+from tests.conftest import tiny
 
 MODELS = {
     "llama": {},
