@@ -127,17 +127,11 @@ def _decode(contenders: dict[str, _Contender], ids: torch.Tensor, depth: int, ro
         return lambda: _call(contenders[name].step, ids[:, -1:], caches[name])
 
     timed = interleaved({name: function(name) for name in contenders}, rounds)
-    return [
-        _row(name, "tg", depth, 1, timed[name][0], timed[name][1], _bytes(caches[name]) / (depth + rounds + 1),
-             one.seconds)
-        for name, one in contenders.items()
-    ]  # fmt: skip
-
-
-def _bytes(cache: Any) -> int:
-    if hasattr(cache, "nbytes"):
-        return cache.nbytes
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    rows = []
+    for name, one in contenders.items():
+        size = _bytes(caches[name]) / (depth + rounds + 1)
+        rows.append(_row(name, "tg", depth, 1, timed[name][0], timed[name][1], size, one.seconds))
+    return rows
 
 
 def _row(
