@@ -134,6 +134,12 @@ def _decode(contenders: dict[str, _Contender], ids: torch.Tensor, depth: int, ro
     return rows
 
 
+def _bytes(cache: Any) -> int:
+    if hasattr(cache, "nbytes"):
+        return cache.nbytes
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
 def _row(
     model: str,
     test: str,
