@@ -1,6 +1,7 @@
 """What each pass did and what it cost."""
 
 from dataclasses import dataclass, field
+from io import StringIO
 
 from rich.console import Console
 from rich.table import Table
@@ -39,7 +40,7 @@ class Report:
         return table
 
     def __str__(self) -> str:
-        console = Console(width=100, record=True, file=open("/dev/null", "w"))
+        console = Console(width=100, record=True, file=StringIO())
         console.print(self.table())
         for row in self.rows:
             for where, reason in row.skipped[:4]:
