@@ -185,9 +185,10 @@ def capture(model: PreTrainedModel) -> Program:
         ]
         step = _Step(model)
         try:
-            module = make_fx(
-                step, pre_dispatch=True, record_module_stack=True, _allow_non_fake_inputs=True
-            )(*fakes)
+            with mode:
+                module = make_fx(
+                    step, pre_dispatch=True, record_module_stack=True, _allow_non_fake_inputs=True
+                )(*fakes)
         except Exception as error:
             raise RegraftError(
                 f"{type(model).__name__} could not be captured: {type(error).__name__}: "
