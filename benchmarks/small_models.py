@@ -33,6 +33,7 @@ _SETS: tuple[dict[str, Any], ...] = (
     _ALL,
     {**_ALL, "num_key_value_heads": 4},
     {k: v for k, v in _ALL.items() if k != "head_dim"},
+    {k: v for k, v in _ALL.items() if k != "head_dim"} | {"num_key_value_heads": 4},
     {k: v for k, v in _ALL.items() if k not in _EXPERTS},
     {**_SMALL, **_GPT2},
     _SMALL,
@@ -110,7 +111,8 @@ def small_model(model_type: str) -> Any:
                 raise ValueError(f"{size / 1e6:.0f}M parameters are too many")
             torch.manual_seed(0)
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-            model(input_ids=torch.ones(1, 2, dtype=torch.long), use_cache=True)
+            ids, mask = torch.ones(2, 3, dtype=torch.long), torch.tensor([[0, 1, 1], [1, 1, 1]])
+            model(input_ids=ids, attention_mask=mask, use_cache=True)
             return model
         except Exception as error:
             reason = reason or one_line(error)
