@@ -79,6 +79,8 @@ def capture_one(model_type: str) -> dict[str, Any]:
         outcome["max_abs_error"] = error if math.isfinite(error) else None
         if not error <= TOLERANCE:
             outcome["reason"] = f"logits differ by {error:.1e} of their scale"
+        elif not outcome["raised"]:
+            outcome["reason"] = _first_skipped(compiled.report)
     except Exception as error:
         outcome["reason"] = one_line(error)
     return outcome
@@ -89,8 +91,14 @@ def _outcome(reason: str = "", runs: bool = False) -> dict[str, Any]:
     return {**empty, "max_abs_error": None, "reason": reason[:160]}
 
 
+def _first_skipped(report: Any) -> str:
+    skipped = [entry for row in report.rows for entry in row.skipped if row.name[:5] == "Raise"]
+    return next((f"{where}: {why}" for where, why in skipped if "rotation" not in where), "")
+
+
 def _holds(item: dict[str, Any]) -> bool:
-    return item["max_abs_error"] is not None and item["max_abs_error"] <= TOLERANCE
+    error = item["max_abs_error"]
+    return item["raised"] and error is not None and error <= TOLERANCE
 
 
 def _compare(model: Any, compiled: Any) -> float:
