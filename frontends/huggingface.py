@@ -19,6 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+from regraft.frontends.opaque import around_data
 from regraft.kernels import ops  # noqa: F401  registers the regraft:: operators
 from regraft.program import CacheSpec, LayerState, Program, RegraftError, TensorSpec
 
@@ -184,6 +185,10 @@ def capture(model: PreTrainedModel) -> Program:
     past_key_values.{i}.key and .value [batch_size, heads, past_sequence_length, head_dim].
     Outputs: logits [batch_size, kept, vocab] and present.{i}.key and .value.
     """
+    return around_data(model, lambda: _capture(model))
+
+
+def _capture(model: PreTrainedModel) -> Program:
     with torch.no_grad(), _registered(model):
         shapes = _state_shapes(model)
         inputs, examples, dynamic = _signature(model, shapes)
