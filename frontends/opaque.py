@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import contextmanager
 from itertools import count
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -23,6 +22,7 @@ from torch.fx.experimental.symbolic_shapes import (
 )
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from regraft.kernels import ops
 from regraft.program import Program, RegraftError
 
 DATA_DEPENDENT = (
@@ -32,44 +32,38 @@ DATA_DEPENDENT = (
     PendingUnbackedSymbolNotFound,
 )
 _numbers = count()
-_calls: WeakValueDictionary[int, _Opaque] = WeakValueDictionary()
-_library = torch.library.Library("regraft", "FRAGMENT")
+
+
+class _Call:
+    """Runs a module on the tensors among its arguments."""
+
+    def __init__(self, module: torch.nn.Module, spec: TreeSpec) -> None:
+        self.module, self.spec = module, spec
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        args, kwargs = tree_unflatten(inputs, self.spec)
+        output = self.module(*args, **kwargs)
+        if not torch.is_tensor(output) or output.shape != inputs[0].shape:
+            raise RegraftError(
+                f"{type(self.module).__name__} depends on data and does not keep the shape of "
+                "its input: it cannot be captured"
+            )
+        return output
 
 
 class _Opaque(torch.nn.Module):
-    """A module that maps tensors to one tensor of the shape of the first."""
-
-    spec: TreeSpec
+    """Stands for a module that maps tensors to one tensor of the shape of the first."""
 
     def __init__(self, module: torch.nn.Module) -> None:
         super().__init__()
         self.module, self.number = module, next(_numbers)
-        _calls[self.number] = self
 
     def forward(self, *args, **kwargs) -> Tensor:
-        inputs, self.spec = tree_flatten((args, kwargs))
+        inputs, spec = tree_flatten((args, kwargs))
         if not all(torch.is_tensor(x) for x in inputs):
             raise RegraftError(f"{type(self.module).__name__} takes more than tensors")
+        self.call = ops.modules[self.number] = _Call(self.module, spec)
         return torch.ops.regraft.module(inputs, self.number)
-
-
-def _run(inputs: list[Tensor], number: int) -> Tensor:
-    call = _calls[number]
-    args, kwargs = tree_unflatten(inputs, call.spec)
-    output = call.module(*args, **kwargs)
-    if not torch.is_tensor(output) or output.shape != inputs[0].shape:
-        raise RegraftError(
-            f"{type(call.module).__name__} depends on data and does not keep the shape of its "
-            "input: it cannot be captured"
-        )
-    return output
-
-
-_library.define("module(Tensor[] inputs, int number) -> Tensor")
-_library.impl("module", _run, "CompositeExplicitAutograd")
-torch.library.register_fake(
-    "regraft::module", lambda inputs, number: torch.empty_like(inputs[0]), lib=_library
-)
 
 
 def around_data(model: torch.nn.Module, attempt: Callable[[], Program]) -> Program:
