@@ -72,7 +72,8 @@ def fingerprint(model: torch.nn.Module, settings: Sequence[Any]) -> str | None:
         add(name, tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
         add(first.setdefault(id(tensor), name))
     for name, tensor in model.named_buffers():
-        add(name, tensor.dtype, tensor.shape, tensor.detach().cpu().contiguous().numpy().tobytes())
+        data = tensor.detach().cpu().flatten().contiguous().view(torch.uint8)
+        add(name, tensor.dtype, tensor.shape, data.numpy().tobytes())
     return digest.hexdigest()[:32]
 
 
