@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from regraft.frontends.opaque import around_data
+from regraft.frontends.trial import agree
 from regraft.kernels import ops  # noqa: F401  registers the regraft:: operators
 from regraft.program import CacheSpec, LayerState, Program, RegraftError, TensorSpec
 
@@ -221,9 +222,11 @@ def _capture(model: PreTrainedModel) -> Program:
         outputs.append(TensorSpec(name, shape, spec.dtype, "cache"))
     layers = tuple(LayerState() for _ in shapes)
     metadata = {"parameters": names}
-    return Program(
+    program = Program(
         module, tuple(inputs), tuple(outputs), CacheSpec(layers), tuple(examples), metadata
     )
+    agree(model, program)
+    return program
 
 
 def _signature(model, shapes):
