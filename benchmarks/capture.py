@@ -22,7 +22,7 @@ from regraft.benchmarks.small_models import one_line, small_model
 
 QUICK = ("llama", "qwen3", "gemma2", "gpt2", "gpt_neox", "phi3", "mistral", "olmo2", "gptj",
          "smollm3", "bert", "mixtral")  # fmt: skip
-WORKERS, SECONDS = 2, 60
+WORKERS, SECONDS = 2, 180
 TOLERANCE = 1e-5
 
 
