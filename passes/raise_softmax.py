@@ -21,6 +21,7 @@ from regraft.program.program import source_of
 aten = torch.ops.aten
 regraft = torch.ops.regraft
 SOFTMAX = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
+SDPA = aten.scaled_dot_product_attention.default
 PRODUCT = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default)
 MOVE = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.permute.default,
         aten.transpose.int, aten.expand.default, aten.unsqueeze.default, aten.squeeze.dim,
@@ -48,21 +49,26 @@ class RaiseSoftmax(Pass):
         graph = program.graph
         matches, skipped = 0, []
         raiser: _Raiser | None = None
-        for node in [n for n in graph.nodes if n.target in SOFTMAX]:
+        for node in [n for n in graph.nodes if n.target in (*SOFTMAX, SDPA)]:
             scores, keys = _scores(node)
-            if scores is None:
+            if keys is None:
                 continue
             raiser = raiser or _Raiser(program)
             try:
-                raiser.rewrite(node, scores, keys)
+                if node.target == SDPA:
+                    raiser.rewrite_fused(node, keys)
+                else:
+                    raiser.rewrite(node, scores, keys)
                 matches += 1
             except _NoMatch as error:
                 skipped.append((source_of(node), str(error)))
         return PassResult(matches, tuple(skipped))
 
 
-def _scores(softmax: fx.Node) -> tuple[fx.Node | None, Any]:
+def _scores(softmax: fx.Node) -> tuple[Any, Any]:
     """The product above a softmax that multiplies by cached keys, and their update."""
+    if softmax.target == SDPA:
+        return None, _cached(softmax.args[1])
     seen, stack = set(), [softmax.args[0]]
     while stack:
         node = stack.pop()
@@ -99,6 +105,29 @@ class _Raiser:
         with torch.no_grad():
             interpreter.run(*program.examples)
         self.values: dict[Any, Any] = interpreter.env
+
+    def rewrite_fused(self, node: fx.Node, keys: fx.Node) -> None:
+        """scaled_dot_product_attention with a mask [batch, heads or 1, queries, keys]."""
+        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+        given = dict(zip(names, node.args, strict=False)) | node.kwargs
+        update, mask = _cached(given["value"]), given.get("attn_mask")
+        if update is None:
+            raise _NoMatch("its values are not cached")
+        if mask is None or self.values[mask].dim() != 4 or given.get("dropout_p"):
+            raise _NoMatch("it has no mask for every query and key, or drops weights")
+        for moved, cached in ((given["key"], keys), (given["value"], update)):
+            if self._same_heads(self.values[moved], self.values[cached]) != 1.0:
+                raise _NoMatch("keys or values are scaled after the cache")
+        size = self.values[keys].shape[-1]
+        scale = given.get("scale") or size**-0.5
+        with self.graph.inserting_before(node):
+            raised = self._call(regraft.attention.default, given["query"], keys, update, mask,
+                                None, scale, 0.0)  # fmt: skip
+        if not _close(self.values[raised], self.values[node]):
+            raise _NoMatch("it computes something else")
+        raised.meta = dict(node.meta)
+        node.replace_all_uses_with(raised)
+        self.graph.erase_node(node)
 
     def rewrite(self, softmax: fx.Node, scores: fx.Node, keys: fx.Node) -> None:
         if softmax.args[1] not in (-1, self.values[softmax].dim() - 1):
