@@ -1,5 +1,6 @@
 """Remove what capture leaves behind and computes nothing."""
 
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -15,10 +16,10 @@ CASTS = (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.defa
 
 @dataclass(frozen=True)
 class CleanUp(Pass):
-    """x.to(x.dtype) -> x;  x * 1.0 -> x;  dropout(x, p, False) -> x;  f(x), f(x) -> f(x)    exact
+    """x.to(x.dtype) -> x;  x * 1.0 -> x;  x[:] -> x;  dropout(x, p, False) -> x    exact
 
-    Gradient switches and assertions on metadata go; repeated pure operators become one; sizes
-    of intermediate results become sizes of inputs.
+    Gradient switches and assertions on metadata go; repeated pure operators become one;
+    sizes of intermediate results become sizes of inputs.
     """
 
     def apply(self, program: Program, context: Context) -> PassResult:
@@ -67,6 +68,9 @@ def _identity(node: fx.Node) -> fx.Node | None:
     if node.target in CASTS:
         same = value.dtype == result.dtype and value.device == result.device
         return source if same and "copy" not in node.kwargs else None
+    if node.target == aten.slice.Tensor and len(node.args) < 5:
+        whole = node.args[2:] in ((), (0,), (0, sys.maxsize), (None, sys.maxsize))
+        return source if whole else None
     if node.target == aten.mul.Tensor and node.args[1] == 1.0 and value.dtype == result.dtype:
         return source
     if node.target == aten.dropout.default and not node.args[2]:

@@ -49,9 +49,9 @@ class RotationFinder:
             self.values[node] = example
             (self.positional if spec.role == "positions" else data).add(node)
         for node in self.program.graph.nodes:
-            tensors = [n for n in node.all_input_nodes if torch.is_tensor(n.meta.get("val"))]
+            tensors = [n for n in node.all_input_nodes if _holds_tensors(n)]
             if any(n in data for n in tensors):
-                if torch.is_tensor(node.meta.get("val")) or node.target in STOPS:
+                if _holds_tensors(node) or node.target in STOPS:
                     data.add(node)
             elif any(n in self.positional for n in tensors):
                 self.positional.add(node)
@@ -85,7 +85,7 @@ class RotationFinder:
             node = stack.pop()
             if node in cone or node in self.positional or node.target in STOPS:
                 continue
-            if not torch.is_tensor(node.meta.get("val")) or node.op in ("get_attr", "placeholder"):
+            if not _holds_tensors(node) or node.op in ("get_attr", "placeholder"):
                 continue
             cone.add(node)
             stack.extend(node.all_input_nodes)
@@ -100,7 +100,7 @@ class RotationFinder:
         shape = end.meta["val"].shape
         for source in sorted(cone - after, key=order.__getitem__, reverse=True):
             value = source.meta["val"]
-            if value.dim() != 4 or value.shape[-1] != shape[-1]:
+            if not torch.is_tensor(value) or value.dim() != 4 or value.shape[-1] != shape[-1]:
                 continue
             if value.shape[2 if _swapped(source) else 1] != shape[1]:
                 continue
@@ -233,6 +233,11 @@ class RotationFinder:
             elif step == 1:
                 call(aten.slice.Tensor, -1, 0, pairs)
         return anchor
+
+
+def _holds_tensors(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return torch.is_tensor(value) or isinstance(value, (list, tuple))
 
 
 def _swapped(node: fx.Node) -> bool:
