@@ -7,6 +7,7 @@ import torch
 from torch import fx
 
 from regraft.passes.base import Context, Pass, PassResult
+from regraft.passes.filled import concatenate_filled
 from regraft.passes.sizes import Sizes
 from regraft.program import Program
 
@@ -19,11 +20,12 @@ class CleanUp(Pass):
     """x.to(x.dtype) -> x;  x * 1.0 -> x;  x[:] -> x;  dropout(x, p, False) -> x    exact
 
     Gradient switches and assertions on metadata go; repeated pure operators become one;
-    sizes of intermediate results become sizes of inputs.
+    sizes of intermediate results become sizes of inputs; buffers filled slice by slice become
+    concatenations.
     """
 
     def apply(self, program: Program, context: Context) -> PassResult:
-        matches = Sizes(program).simplify()
+        matches = Sizes(program).simplify() + concatenate_filled(program.graph)
         seen: dict[tuple, fx.Node] = {}
         mutated = any(_mutates(node) for node in program.graph.nodes)
         for node in list(program.graph.nodes):

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from regraft.passes.base import Context, Pass, PassResult, is_call
+from regraft.passes.regions import ancestors
 from regraft.passes.rotation import RotationFinder
 from regraft.program import Program
 from regraft.program.program import source_of
@@ -57,7 +58,7 @@ def _why_not(node: fx.Node) -> str:
     for kind, update in (("keys", key), ("values", value)):
         if not is_call(update, regraft.kv_update.default):
             return f"its {kind} do not come from its own cache"
-    if any(user in _ancestors(node) for user in key.users):
+    if any(user in ancestors(node) for user in key.users):
         return "its mask or its queries read the cached keys"
     return ""
 
@@ -79,23 +80,12 @@ def _raise(graph: fx.Graph, node: fx.Node, finder: RotationFinder) -> str:
         )  # fmt: skip
         raised.meta = {**node.meta}
         raised.meta["val"] = (node.meta["val"], key.meta["val"], value.meta["val"])
-        before = _ancestors(raised)
+        before = ancestors(raised)
         for index, old in enumerate((node, key, value)):
             item = graph.call_function(getitem, (raised, index))
             item.meta = dict(old.meta)
             old.replace_all_uses_with(item, lambda user: user not in before and user is not raised)
     return reason
-
-
-def _ancestors(node: fx.Node) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    stack = list(node.all_input_nodes)
-    while stack:
-        current = stack.pop()
-        if current not in found:
-            found.add(current)
-            stack.extend(current.all_input_nodes)
-    return found
 
 
 def _sort(graph: fx.Graph) -> None:

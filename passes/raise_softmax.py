@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from regraft.passes.base import Context, Pass, PassResult, is_call
+from regraft.passes.regions import between
 from regraft.passes.sizes import Sizes
 from regraft.program import Program
 from regraft.program.program import source_of
@@ -151,7 +152,7 @@ class _Raiser:
         with self.graph.inserting_before(context):
             if scores.target == aten.baddbmm.default:
                 scores = self._split(scores)
-            chain = _between(scores, softmax.args[0])
+            chain = between(self.graph, [scores], [softmax.args[0]])
             scale, softcap = self._measure(chain, scores, softmax.args[0])
             bias = self._bias(chain, scores, softmax.args[0], shape)
             q = self._call(aten.reshape.default, query, shape)
@@ -275,23 +276,6 @@ class _Raiser:
             args = fx.map_arg(node.args, self._value)
             self.values[node] = node.target(*args)  # type: ignore[operator]
         return self.values[node]
-
-
-def _between(start: fx.Node, end: Any) -> list[fx.Node]:
-    """The nodes after start on paths from it to end, in order."""
-    chain, reached = [], {start}
-    for node in start.graph.nodes:
-        if any(argument in reached for argument in node.all_input_nodes):
-            reached.add(node)
-            chain.append(node)
-        if node is end:
-            break
-    needed, kept = {end}, []
-    for node in reversed(chain):
-        if node in needed:
-            kept.append(node)
-            needed.update(node.all_input_nodes)
-    return kept[::-1]
 
 
 def _close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> bool:
