@@ -85,10 +85,11 @@ def _absorb(program: Program, node: fx.Node, updates: list[fx.Node]) -> str:
     with graph.inserting_before(node):
         pieces = _cut(graph, q, begin, begin + width)
         keys = torch.cat([keys[:, :, :begin], keys[:, :, begin + width :]], -1)
-        plain = pieces[0] if len(pieces) == 2 else call(graph, aten.cat.default, pieces[::2], -1)
+        turned = pieces.pop(1 if begin else 0)
+        plain = pieces[0] if len(pieces) == 1 else call(graph, aten.cat.default, pieces, -1)
         weight = _constant(program, f"{node.name}_keys", keys)
         absorbed = call(graph, aten.einsum.default, "bhsd,hld->bhsl", [plain, weight])
-        q = call(graph, aten.cat.default, [absorbed, pieces[1 if begin else 0]], -1)
+        q = call(graph, aten.cat.default, [absorbed, turned], -1)
         k = call(graph, aten.cat.default, [latent.args[1], rope.args[1]], -1)
         _widen(program, slot, k.meta["val"].shape[-1])
         key = call(graph, regraft.kv_update.default, placeholders[slot], k)

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from regraft.passes.regions import call
 from regraft.program import Program
 
 aten = torch.ops.aten
 regraft = torch.ops.regraft
 STOPS = (aten.linear.default, aten.mm.default, aten.addmm.default, aten.matmul.default,
-         aten.embedding.default, aten.bmm.default, regraft.attention.default,
-         regraft.cached_attention.default, aten.convolution.default)  # fmt: skip
+         aten.embedding.default, aten.bmm.default, aten.einsum.default,
+         regraft.attention.default, regraft.cached_attention.default, aten.convolution.default)  # fmt: skip
 
 
 @dataclass
@@ -31,6 +32,8 @@ class Rotation:
     offset: int
     deinterleaved: bool
     positional: tuple[fx.Node, ...]
+    part: tuple[int, int] = (0, 0)
+    wholes: tuple[fx.Node, ...] = ()
 
 
 @dataclass
@@ -57,6 +60,34 @@ class RotationFinder:
                 self.positional.add(node)
 
     def find(self, q: fx.Node, k: fx.Node) -> tuple[Rotation | None, str]:
+        """The rotation that ends in q and k [batch, heads, length, size], or why there is none.
+
+        Where no tensor of their size precedes it, it may act on one part of a concatenation.
+        """
+        rotation, reason = self._find(q, k)
+        if rotation is not None:
+            return rotation, ""
+        parts = [self._turned_part(node) for node in (k, q)]
+        if None in parts or parts[0][:2] != parts[1][:2]:
+            return None, reason
+        index, start, k_part = parts[0]
+        rotation, reason = self._find(parts[1][2], k_part)
+        if rotation is not None:
+            rotation.part, rotation.wholes = (index, start), (q, k)
+        return rotation, reason
+
+    def _turned_part(self, node: fx.Node) -> Any:
+        """Index, first channel and node of the one part that positions turn."""
+        if node.target != aten.cat.default or node.args[1] not in (-1, 3):
+            return None
+        found, start = [], 0
+        for index, part in enumerate(node.args[0]):
+            if self._cone(part)[1]:
+                found.append((index, start, part))
+            start += int(part.meta["val"].shape[-1])
+        return found[0] if len(found) == 1 else None
+
+    def _find(self, q: fx.Node, k: fx.Node) -> tuple[Rotation | None, str]:
         found: list[Any] = []
         for node in (k, q):
             region = self._region(node)
@@ -78,8 +109,8 @@ class RotationFinder:
             return None, "no tensor of the graph holds the cosines and sines"
         return rotation, ""
 
-    def _region(self, end: fx.Node):
-        """(dominating tensor before positions mix in, nodes after it, positional operands)."""
+    def _cone(self, end: fx.Node) -> tuple[set[fx.Node], set[fx.Node]]:
+        """What a node is computed from since the last product, and where positions mix in."""
         cone, stack = set(), [end]
         while stack:
             node = stack.pop()
@@ -89,7 +120,11 @@ class RotationFinder:
                 continue
             cone.add(node)
             stack.extend(node.all_input_nodes)
-        mixing = {n for n in cone if any(a in self.positional for a in n.all_input_nodes)}
+        return cone, {n for n in cone if any(a in self.positional for a in n.all_input_nodes)}
+
+    def _region(self, end: fx.Node):
+        """(dominating tensor before positions mix in, nodes after it, positional operands)."""
+        cone, mixing = self._cone(end)
         if not mixing:
             return "positions do not enter the keys after the projection"
         order = {node: i for i, node in enumerate(self.program.graph.nodes)}
@@ -168,23 +203,23 @@ class RotationFinder:
         """Queries and keys before rotation [batch, heads, length, size], made where they are
         not in the graph."""
         graph, found = self.program.graph, []
-        for node in (rotation.q, rotation.k):
-            value = node.meta["val"]
+        for i, node in enumerate((rotation.q, rotation.k)):
             if _swapped(node):
-                value = value.transpose(1, 2)
-                node = graph.call_function(aten.transpose.int, (node, 1, 2))
-                node.meta["val"] = value
+                node = call(graph, aten.transpose.int, node, 1, 2)
             if rotation.deinterleaved:
-                size, begin = int(value.shape[-1]), rotation.offset
+                size, begin = int(node.meta["val"].shape[-1]), rotation.offset
                 end = begin + 2 * rotation.cos.shape[-1]
                 ranges = [(0, begin, 1), (begin, end, 2), (begin + 1, end, 2), (end, size, 1)]
-                parts = [
-                    graph.call_function(aten.slice.Tensor, (node, -1, *part))
-                    for part in ranges
-                    if part[0] < part[1]
+                pieces = [
+                    call(graph, aten.slice.Tensor, node, -1, *piece)
+                    for piece in ranges
+                    if piece[0] < piece[1]
                 ]
-                node = graph.call_function(aten.cat.default, (parts, -1))
-                node.meta["val"] = value
+                node = call(graph, aten.cat.default, pieces, -1)
+            if rotation.wholes:
+                pieces = list(rotation.wholes[i].args[0])  # type: ignore[arg-type]
+                pieces[rotation.part[0]] = node
+                node = call(graph, aten.cat.default, pieces, -1)
             found.append(node)
         return found
 
@@ -196,7 +231,7 @@ class RotationFinder:
             cos = self._table(rotation, rotation.cos, pairs)
             sin = self._table(rotation, rotation.sin, pairs)
             self.made[key] = (cos, sin) if cos is not None and sin is not None else (None, None)
-        return (*self.made[key], rotation.style, rotation.offset)
+        return (*self.made[key], rotation.style, rotation.part[1] + rotation.offset)
 
     def _table(self, rotation: Rotation, wanted: Tensor, pairs: int) -> fx.Node | None:
         for node in rotation.positional:
