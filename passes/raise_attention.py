@@ -14,6 +14,7 @@ from regraft.passes.rotation import RotationFinder
 from regraft.program import Program
 from regraft.program.program import source_of
 
+aten = torch.ops.aten
 regraft = torch.ops.regraft
 
 
@@ -30,14 +31,18 @@ class RaiseAttention(Pass):
         matches, skipped = 0, []
         finder = RotationFinder(program)
         for node in program.graph.find_nodes(op="call_function", target=regraft.attention.default):
-            key, value = node.args[1:3]
+            (key, tiles), (value, value_tiles) = map(_untiled, node.args[1:3])
             if _owner(key) is not None and _owner(key) is _owner(value):
                 matches += 1
                 continue
-            reason = _why_not(node)
+            reason = _why_not(node, key, value)
+            if tiles != value_tiles:
+                reason = "its keys and values repeat differently"
             if reason:
                 skipped.append((source_of(node), reason))
                 continue
+            if tiles > 1:
+                node = _without_tiles(program.graph, node, tiles)
             reason = _raise(program.graph, node, finder)
             if reason:
                 skipped.append((f"{source_of(node)} rotation", reason))
@@ -53,14 +58,53 @@ def _owner(node: fx.Node) -> fx.Node | None:
     return owner if is_call(owner, regraft.cached_attention.default) else None
 
 
-def _why_not(node: fx.Node) -> str:
-    key, value = node.args[1:3]
+def _why_not(node: fx.Node, key: fx.Node, value: fx.Node) -> str:
     for kind, update in (("keys", key), ("values", value)):
         if not is_call(update, regraft.kv_update.default):
             return f"its {kind} do not come from its own cache"
-    if any(user in ancestors(node) for user in key.users):
+    q, mask = node.args[0], node.args[3]
+    others = {source for argument in (q, mask) if argument for source in ancestors(argument)}
+    if key in others or key in (q, mask):
         return "its mask or its queries read the cached keys"
     return ""
+
+
+def _untiled(node: fx.Node) -> tuple[fx.Node, int]:
+    """The cached heads, and how often they are tiled to one a query head."""
+    if is_call(node, aten.repeat.default) and is_call(node.args[0], regraft.kv_update.default):
+        batch, tiles, *rest = node.args[1]
+        if [batch, *rest] == [1, 1, 1] and isinstance(tiles, int):
+            return node.args[0], tiles
+    return node, 1
+
+
+def _swap_head_groups(graph: fx.Graph, node: fx.Node, groups: int) -> fx.Node:
+    """Head g * n + i of groups * n heads [batch, heads, length, size] to head i * groups + g."""
+    value = node.meta["val"]
+    for target, args in (
+        (aten.unflatten.int, (1, [groups, int(value.shape[1]) // groups])),
+        (aten.transpose.int, (1, 2)),
+        (aten.flatten.using_ints, (1, 2)),
+    ):
+        node = graph.call_function(target, (node, *args))
+    node.meta["val"] = value
+    return node
+
+
+def _without_tiles(graph: fx.Graph, node: fx.Node, tiles: int) -> fx.Node:
+    """The same attention over the cached heads, its query heads grouped by them."""
+    q, key, value, *rest = node.args
+    cached = int(key.args[0].meta["val"].shape[1])
+    with graph.inserting_before(node):
+        q = _swap_head_groups(graph, q, tiles)
+        inner = graph.call_function(node.target, (q, key.args[0], value.args[0], *rest))
+        inner.meta = dict(node.meta)
+        node.replace_all_uses_with(_swap_head_groups(graph, inner, cached))
+    graph.erase_node(node)
+    for tiled in {key, value}:
+        if not tiled.users:
+            graph.erase_node(tiled)
+    return inner
 
 
 def _raise(graph: fx.Graph, node: fx.Node, finder: RotationFinder) -> str:
