@@ -114,8 +114,8 @@ def _matrices(program, node, latent, rope) -> tuple[Tensor, Tensor, Tensor] | st
     """Maps [heads, in, out] from the latent and the rotated part to keys, and to values."""
     placeholders = program.graph.find_nodes(op="placeholder")
     examples = dict(zip(placeholders, program.examples, strict=True))
-    past = examples[latent.args[0]]
-    batch, length = past.shape[0], past.shape[2] + program.examples[0].shape[1]
+    past, total = examples[latent.args[0]], latent.meta["val"].shape[2]
+    batch, length = past.shape[0], int(total.node.hint if isinstance(total, torch.SymInt) else total)
     sizes = [int(update.meta["val"].shape[-1]) for update in (latent, rope)]
 
     def run(rows: Tensor) -> tuple[Tensor, Tensor]:
