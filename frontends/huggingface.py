@@ -7,6 +7,7 @@ cache layers registered; nothing is patched and no architecture is special.
 from __future__ import annotations
 
 import inspect
+import threading
 from contextlib import contextmanager
 
 import torch
@@ -23,6 +24,7 @@ from regraft.kernels import ops  # noqa: F401  registers the regraft:: operators
 from regraft.program import CacheSpec, LayerState, Program, RegraftError, TensorSpec
 
 BATCH, QUERIES, PAST = 2, 3, 7
+_one_at_a_time = threading.Lock()
 
 
 def _attention(module, q, k, v, attention_mask=None, scaling=None, dropout=0.0, **kwargs):
@@ -175,7 +177,7 @@ def capture(model: PreTrainedModel) -> Program:
     past_key_values.{i}.key and .value [batch_size, heads, past_sequence_length, head_dim].
     Outputs: logits [batch_size, kept, vocab] and present.{i}.key and .value.
     """
-    with torch.no_grad(), _registered(model):
+    with _one_at_a_time, torch.no_grad(), _registered(model):
         shapes = _state_shapes(model)
         inputs, examples, dynamic = _signature(model, shapes)
         mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)

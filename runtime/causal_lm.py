@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from transformers import Cache, GenerationMixin, PretrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from regraft.program import Program, RegraftError, Report
+from regraft.runtime.artefact import save
 from regraft.runtime.cache import CacheState
 from regraft.runtime.lower import lower, new_cache
 
@@ -84,6 +86,10 @@ class Compiled(GenerationMixin):
             f"Compiled({type(self).__name__}, {len(self.program.cache.layers)} attention layers, "
             f"{len(self.program.graph.nodes)} nodes, cache: {'+'.join(formats)})"
         )
+
+    def save(self, folder: str | Path) -> None:
+        """Write an artefact that ``regraft.load`` reads: weights, graph, compiled regions."""
+        save(self, folder)
 
     def new_cache(self) -> SessionCache:
         return SessionCache(new_cache(self.program.cache.layers))

@@ -11,8 +11,9 @@ from regraft.kernels.linear.reference import linear
 from regraft.kernels.ops import causal_mask
 from regraft.program import LayerState, Program, RegraftError
 from regraft.program.program import source_of
+from regraft.program.serialize import submodule
 from regraft.runtime.cache import CacheState, DenseLayer, QuantizedLayer, RotationTable
-from regraft.runtime.regions import Region, variant_of
+from regraft.runtime.regions import Region, is_decode
 
 regraft = torch.ops.regraft
 
@@ -66,16 +67,16 @@ def _lower_regions(module: fx.GraphModule, ids: fx.Node) -> dict[str, Region]:
     calls = module.graph.find_nodes(op="call_module")
     if calls:
         with module.graph.inserting_after(ids):
-            variant = module.graph.call_function(variant_of, (ids,))
+            decode = module.graph.call_function(is_decode, (ids,))
     for node in calls:
         name = str(node.target)
         if name not in regions:
-            operators = copy.deepcopy(module.get_submodule(name))
+            operators = copy.deepcopy(submodule(module, name))
             _take_linear(operators.graph)
             operators.recompile()
             regions[name] = Region(operators)
             module.add_submodule(name, regions[name])
-        node.args = (variant, *node.args)
+        node.args = (decode, *node.args)
     return regions
 
 

@@ -50,13 +50,13 @@ def fingerprint(model: torch.nn.Module, settings: Sequence[Any]) -> str | None:
         digest.update(repr(items).encode())
 
     add(torch.__version__, transformers.__version__, _own_source(), settings)
-    kinds = {type(module) for module in model.modules()}
+    kinds: set[Any] = {type(module) for module in model.modules()}
     kinds |= {type(item) for item in settings if hasattr(item, "__dataclass_fields__")}
     for source in sorted({_source(kind) for kind in kinds}, key=str):
         if source is None:
             return None
         add(source)
-    if hasattr(model, "config"):
+    if isinstance(model, transformers.PreTrainedModel):
         add(model.config.to_json_string(use_diff=False))
     for path, module in model.named_modules():
         if any(getattr(module, hooks) for hooks in _HOOKS):
@@ -64,15 +64,18 @@ def fingerprint(model: torch.nn.Module, settings: Sequence[Any]) -> str | None:
         add(path, type(module).__qualname__)
         for name, value in sorted(vars(module).items()):
             if inspect.isroutine(value):
-                return None
+                if hasattr(type(module), name) or "<" in value.__qualname__:
+                    return None
+                add(name, value.__module__, value.__qualname__)
             if isinstance(value, _PLAIN):
                 add(name, value)
     first: dict[int, str] = {}
     for name, tensor in model.named_parameters(remove_duplicate=False):
         add(name, tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
         add(first.setdefault(id(tensor), name))
-    for name, tensor in model.named_buffers():
-        add(name, tensor.dtype, tensor.shape, tensor.detach().cpu().contiguous().numpy().tobytes())
+    for name, buffer in model.named_buffers():
+        data = buffer.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy()
+        add(name, buffer.dtype, buffer.shape, data.tobytes())
     return digest.hexdigest()[:32]
 
 

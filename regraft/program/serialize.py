@@ -50,7 +50,7 @@ def graph_to_json(module: fx.GraphModule) -> dict[str, Any]:
         if "nn_module_stack" in node.meta or "source" in node.meta:
             item["source"] = source_of(node)
         if node.op == "call_module":
-            modules[node.target] = graph_to_json(module.get_submodule(node.target))
+            modules[node.target] = graph_to_json(submodule(module, node.target))
         nodes.append(item)
     return {"nodes": nodes, "modules": modules}
 
@@ -118,6 +118,13 @@ def report_from_json(data: list[dict[str, Any]]) -> Report:
     return Report([Row(**{**row, "skipped": tuple(map(tuple, row["skipped"]))}) for row in data])
 
 
+def submodule(module: fx.GraphModule, name: Any) -> fx.GraphModule:
+    """The graph that a ``call_module`` node calls."""
+    found = module.get_submodule(str(name))
+    assert isinstance(found, fx.GraphModule)
+    return found
+
+
 def tensors_of(module: fx.GraphModule) -> dict[str, Tensor]:
     """The parameters and constants that the graph reads, by the names it reads them under."""
     nodes = module.graph.find_nodes(op="get_attr")
@@ -129,7 +136,9 @@ def _spec_to_json(spec: TensorSpec) -> dict[str, Any]:
 
 
 def _spec_from_json(data: dict[str, Any]) -> TensorSpec:
-    return TensorSpec(**{**data, "shape": tuple(data["shape"]), "dtype": _decode(data["dtype"], {})})
+    return TensorSpec(
+        **{**data, "shape": tuple(data["shape"]), "dtype": _decode(data["dtype"], {})}
+    )
 
 
 def _target_name(node: fx.Node) -> str:
