@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -36,9 +36,9 @@ def codebook(name: str, bits: int, device: torch.device = CPU) -> Tensor:
     wide = 2 ** (bits + 1)
     top = 1 - 0.5 * (1 / wide + 1 / (wide - 2))
     middle = 2 ** (bits - 1)
-    options = {"dtype": torch.float64, "device": CPU}
-    positive = torch.special.ndtri(torch.linspace(0.5, top, middle + 1, **options))
-    negative = -torch.special.ndtri(torch.linspace(top, 0.5, middle, **options))
+    grid = partial(torch.linspace, dtype=torch.float64, device=CPU)
+    positive = torch.special.ndtri(grid(0.5, top, middle + 1))
+    negative = -torch.special.ndtri(grid(top, 0.5, middle))
     levels = torch.cat((negative[:-1], positive))
     return (levels / positive[-1]).to(device, torch.float32)
 
