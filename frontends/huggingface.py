@@ -198,14 +198,17 @@ def capture(model: PreTrainedModel) -> Program:
     }
     if fixed:
         raise RegraftError(f"{type(model).__name__} fixes dynamic sizes: {fixed}")
-    _name_constants(module, step)
+    names = _name_constants(module, step)
     outputs = [TensorSpec("logits", ("batch_size", "kept", "vocab"), model.dtype, "logits")]
     for spec in inputs[4:]:
         name = spec.name.replace("past_key_values", "present")
         shape = (*spec.shape[:2], "total_sequence_length", spec.shape[3])
         outputs.append(TensorSpec(name, shape, spec.dtype, "cache"))
     layers = tuple(LayerState() for _ in shapes)
-    return Program(module, tuple(inputs), tuple(outputs), CacheSpec(layers), tuple(examples))
+    metadata = {"parameters": names}
+    return Program(
+        module, tuple(inputs), tuple(outputs), CacheSpec(layers), tuple(examples), metadata
+    )
 
 
 def _signature(model, shapes):
@@ -238,13 +241,16 @@ def _signature(model, shapes):
     return inputs, examples, dynamic
 
 
-def _name_constants(module: fx.GraphModule, step: torch.nn.Module) -> None:
-    """Give parameters and buffers the names that they have in the model."""
+def _name_constants(module: fx.GraphModule, step: torch.nn.Module) -> dict[str, str]:
+    """Give parameters and buffers the names that they have in the model: {attribute: name}."""
+    names = {}
     known = {id(t): n for n, t in [*step.model.named_buffers(), *step.model.named_parameters()]}
     for node in module.graph.find_nodes(op="get_attr"):
         value = getattr(module, node.target, None)
         if id(value) in known:
             name = known[id(value)].replace(".", "_")
+            names[name] = known[id(value)]
             setattr(module, name, value)
             node.target = name
     module.recompile()
+    return names

