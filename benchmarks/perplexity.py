@@ -44,8 +44,6 @@ def _run(quick: bool) -> Result:
     passes: dict[str, Any] = {"dense": None}
     for bits in (8, 4) if quick else (8, 4, 3, 2):
         passes[f"kvquant {bits}-bit"] = regraft.KVQuant(bits=bits)
-    if not quick:
-        passes["kvquant 4-bit normal_float"] = regraft.KVQuant(bits=4, levels="normal_float")
     contenders = {
         name: regraft.compile(model, [step] if step else []) for name, step in passes.items()
     }
