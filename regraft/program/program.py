@@ -55,6 +55,11 @@ class Program:
         with torch.no_grad():
             return self.graph_module(*inputs)
 
+    def cache_bytes(self, size: int) -> int:
+        """Bytes a token of dense cache whose elements take ``size`` bytes."""
+        states = [spec for spec in self.inputs if spec.role == "cache"]
+        return sum(size * spec.shape[1] * spec.shape[3] for spec in states)  # type: ignore
+
     def copy(self) -> Program:
         """The same weights, a graph of its own."""
         copied = fx.Graph()
