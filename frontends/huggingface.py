@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, fx
@@ -20,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+from regraft.frontends.opaque import around_data
 from regraft.kernels import ops  # noqa: F401  registers the regraft:: operators
 from regraft.program import CacheSpec, LayerState, Program, RegraftError, TensorSpec
 
@@ -38,11 +39,18 @@ def _attention(module, q, k, v, attention_mask=None, scaling=None, dropout=0.0, 
     return out.transpose(1, 2).contiguous(), None
 
 
+def _trial(mode: FakeTensorMode | None):
+    """Forget the sizes that a failed evaluation on fake tensors leaves behind."""
+    if mode is None or mode.shape_env is None:
+        return nullcontext()
+    return mode.shape_env.ignore_fresh_unbacked_symbols()
+
+
 def _window_of(mask_function, local_size) -> int | None:
     """0 for a causal mask, its size for a sliding window, None for any other mask."""
     if mask_function is causal_mask_function:
         return 0
-    with unset_fake_temporarily(), disable_proxy_modes_tracing():
+    with unset_fake_temporarily() as mode, disable_proxy_modes_tracing(), _trial(mode):
         try:
             size = int(local_size or 0)
             query = torch.tensor(4 * size + 9)
@@ -92,18 +100,20 @@ class _Step(torch.nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
-        self.keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+        accepted = inspect.signature(model.forward).parameters
+        self.keeps, self.places = "logits_to_keep" in accepted, "position_ids" in accepted
 
     def forward(self, input_ids, attention_mask, position_ids, logits_to_keep, *past):
         layers = [_CapturedLayer(k, v) for k, v in zip(past[::2], past[1::2], strict=True)]
-        keep = {"logits_to_keep": logits_to_keep} if self.keeps else {}
+        extra = {"logits_to_keep": logits_to_keep} if self.keeps else {}
+        if self.places:
+            extra["position_ids"] = position_ids
         output = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            position_ids=position_ids,
             past_key_values=Cache(layers=layers),
             use_cache=True,
-            **keep,
+            **extra,
         )
         logits = output.logits if self.keeps else output.logits[:, logits_to_keep]
         return logits, *(state for layer in layers for state in (layer.keys, layer.values))
@@ -177,7 +187,12 @@ def capture(model: PreTrainedModel) -> Program:
     past_key_values.{i}.key and .value [batch_size, heads, past_sequence_length, head_dim].
     Outputs: logits [batch_size, kept, vocab] and present.{i}.key and .value.
     """
-    with _one_at_a_time, torch.no_grad(), _registered(model):
+    with _one_at_a_time:
+        return around_data(model, lambda: _capture(model))
+
+
+def _capture(model: PreTrainedModel) -> Program:
+    with torch.no_grad(), _registered(model):
         shapes = _state_shapes(model)
         inputs, examples, dynamic = _signature(model, shapes)
         mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
@@ -187,9 +202,10 @@ def capture(model: PreTrainedModel) -> Program:
         ]
         step = _Step(model)
         try:
-            module = make_fx(
-                step, pre_dispatch=True, record_module_stack=True, _allow_non_fake_inputs=True
-            )(*fakes)
+            with mode:
+                module = make_fx(
+                    step, pre_dispatch=True, record_module_stack=True, _allow_non_fake_inputs=True
+                )(*fakes)
         except Exception as error:
             raise RegraftError(
                 f"{type(model).__name__} could not be captured: {type(error).__name__}: "

@@ -6,8 +6,9 @@ from regraft.passes.fuse_linear import FuseLinear
 from regraft.passes.kvquant import KVQuant
 from regraft.passes.outline import OutlineLayers
 from regraft.passes.raise_attention import RaiseAttention
+from regraft.passes.raise_softmax import RaiseSoftmax
 
-DEFAULT: tuple[Pass, ...] = (CleanUp(), RaiseAttention(), FuseLinear())
+DEFAULT: tuple[Pass, ...] = (CleanUp(), RaiseSoftmax(), RaiseAttention(), FuseLinear())
 """What every compiled model gets before the passes that the user asked for."""
 
 FINAL: tuple[Pass, ...] = (OutlineLayers(),)
@@ -24,6 +25,7 @@ __all__ = [
     "Pass",
     "PassResult",
     "RaiseAttention",
+    "RaiseSoftmax",
     "pass_named",
     "registry",
     "run",

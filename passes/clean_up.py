@@ -6,6 +6,7 @@ import torch
 from torch import fx
 
 from regraft.passes.base import Context, Pass, PassResult
+from regraft.passes.sizes import Sizes
 from regraft.program import Program
 
 aten = torch.ops.aten
@@ -16,11 +17,12 @@ CASTS = (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.defa
 class CleanUp(Pass):
     """x.to(x.dtype) -> x;  x * 1.0 -> x;  dropout(x, p, False) -> x;  f(x), f(x) -> f(x)    exact
 
-    Gradient switches and assertions on metadata go; repeated pure operators become one.
+    Gradient switches and assertions on metadata go; repeated pure operators become one; sizes
+    of intermediate results become sizes of inputs.
     """
 
     def apply(self, program: Program, context: Context) -> PassResult:
-        matches = 0
+        matches = Sizes(program).simplify()
         seen: dict[tuple, fx.Node] = {}
         mutated = any(_mutates(node) for node in program.graph.nodes)
         for node in list(program.graph.nodes):

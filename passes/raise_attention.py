@@ -38,15 +38,15 @@ class RaiseAttention(Pass):
         finder = _RotationFinder(program)
         for node in program.graph.find_nodes(op="call_function", target=regraft.attention.default):
             q, key, value, mask, sinks, scale, softcap = node.args
+            (key, tiles), (value, value_tiles) = _untiled(key), _untiled(value)
+            if tiles != value_tiles:
+                skipped.append((source_of(node), "its keys and values repeat differently"))
+                continue
             if not is_call(key, regraft.kv_update.default):
                 skipped.append((source_of(node), "its keys do not come from its own cache"))
                 continue
             if not is_call(value, regraft.kv_update.default):
                 skipped.append((source_of(node), "its values do not come from its own cache"))
-                continue
-            readers = {user for user in key.users if user.target == regraft.attention.default}
-            if len(readers) > 1:
-                skipped.append((source_of(node), "other layers read its cache"))
                 continue
             k, v = key.args[1], value.args[1]
             rotation, reason = finder.find(q, k)
@@ -57,6 +57,12 @@ class RaiseAttention(Pass):
                 q, k = rotation.q, rotation.k
                 cos, sin, style, offset = finder.tables(rotation)
             with program.graph.inserting_before(node):
+                if tiles > 1:
+                    q = _swap_head_groups(program.graph, q, tiles)
+                    for tiled in node.args[1:3]:
+                        node.replace_input_with(tiled, tiled.args[0])
+                        if not tiled.users:
+                            program.graph.erase_node(tiled)
                 raised = program.graph.call_function(
                     regraft.cached_attention.default,
                     (q, k, v, key.args[0], value.args[0], mask, cos, sin, sinks, scale, softcap,
@@ -67,9 +73,33 @@ class RaiseAttention(Pass):
                 for index, old in enumerate((node, key, value)):
                     item = program.graph.call_function(getitem, (raised, index))
                     item.meta = dict(old.meta)
+                    if index == 0 and tiles > 1:
+                        item = _swap_head_groups(program.graph, item, k.meta["val"].shape[1])
                     old.replace_all_uses_with(item, lambda user, new=raised: user is not new)
             matches += 1
         return PassResult(matches, tuple(skipped))
+
+
+def _untiled(node: fx.Node) -> tuple[fx.Node, int]:
+    """The cached heads, and how often they are tiled to one a query head."""
+    if is_call(node, aten.repeat.default) and is_call(node.args[0], regraft.kv_update.default):
+        batch, tiles, *rest = node.args[1]
+        if [batch, *rest] == [1, 1, 1] and isinstance(tiles, int):
+            return node.args[0], tiles
+    return node, 1
+
+
+def _swap_head_groups(graph: fx.Graph, node: fx.Node, groups: int) -> fx.Node:
+    """Head g * n + i of groups * n heads [batch, heads, length, size] to head i * groups + g."""
+    value = node.meta["val"]
+    for target, args in (
+        (aten.unflatten.int, (1, [groups, int(value.shape[1]) // groups])),
+        (aten.transpose.int, (1, 2)),
+        (aten.flatten.using_ints, (1, 2)),
+    ):
+        node = graph.call_function(target, (node, *args))
+    node.meta["val"] = value
+    return node
 
 
 @dataclass

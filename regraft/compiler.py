@@ -63,7 +63,7 @@ def compile(
         program = capture(model)
         context = Context(calibration or ())
         report = run(program, steps, context, required=asked, dump_dir=dump_dir)
-        if key:
+        if key and "modules" not in program.metadata:
             store(entry, program, report)
     else:
         program, report = kept

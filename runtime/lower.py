@@ -10,7 +10,6 @@ from torch import Tensor, fx
 from regraft.kernels.linear.reference import linear
 from regraft.kernels.ops import causal_mask
 from regraft.program import LayerState, Program, RegraftError
-from regraft.program.program import source_of
 from regraft.program.serialize import submodule
 from regraft.runtime.cache import CacheState, DenseLayer, QuantizedLayer, RotationTable
 from regraft.runtime.regions import Region, is_decode
@@ -25,32 +24,29 @@ def lower(program: Program) -> tuple[fx.GraphModule, dict[str, Region]]:
     """
     lowered = program.copy()
     graph = lowered.graph
-    left = graph.find_nodes(op="call_function", target=regraft.attention.default)
-    if left:
-        raise RegraftError(
-            f"attention at {source_of(left[0])} was not raised, so its cache cannot be kept in "
-            "place; the report of RaiseAttention says why"
-        )
+    output = graph.output_node()
+    output.args = (output.args[0][0],)  # type: ignore[index]
+    graph.eliminate_dead_code()
     placeholders = graph.find_nodes(op="placeholder")
     past = placeholders[len(placeholders) - 2 * len(program.cache.layers) :]
     with graph.inserting_after(placeholders[-1]):
         cache = graph.placeholder("cache")
     with graph.inserting_after(cache):
         length = graph.call_function(_length, (cache,))
-    raised = graph.find_nodes(op="call_function", target=regraft.cached_attention.default)
-    for index, node in enumerate(raised):
-        _lower_attention(graph, node, cache, index)
+    slots = {node: divmod(i, 2) for i, node in enumerate(past)}
+    for node in graph.find_nodes(op="call_function", target=regraft.cached_attention.default):
+        _lower_attention(graph, node, cache, slots[node.args[3]][0])
+    for node in graph.find_nodes(op="call_function", target=regraft.kv_update.default):
+        node.target, node.args = _update, (cache, *slots[node.args[0]], node.args[1])
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.sym_size.int):
         if node.args[0] in past and node.args[1] == 2:
             node.replace_all_uses_with(length)
             graph.erase_node(node)
     for node in graph.find_nodes(op="call_function", target=regraft.causal_mask.default):
-        if all(user.target is _attend for user in node.users):
+        if all(user.target in (_attend, regraft.attention.default) for user in node.users):
             node.target = _mask
     _take_linear(graph)
     regions = _lower_regions(lowered.graph_module, placeholders[0])
-    output = graph.output_node()
-    output.args = (output.args[0][0],)  # type: ignore[index]
     graph.eliminate_dead_code()
     for node in past:
         if node.users:
@@ -102,9 +98,10 @@ def _lower_attention(graph: fx.Graph, node: fx.Node, cache: fx.Node, index: int)
     for user in list(node.users):
         if user.args[1] == 0:
             user.replace_all_uses_with(out)
+            graph.erase_node(user)
         else:
-            user.replace_all_uses_with(None)  # type: ignore[arg-type]
-        graph.erase_node(user)
+            user.target = _present
+            user.args = (cache, index, user.args[1] - 1, out, table, style == "interleaved", offset)
     graph.erase_node(node)
 
 
@@ -123,6 +120,16 @@ def _attend(cache, index, q, k, v, table, mask, scale, softcap, sinks, interleav
     return cache.layers[index].step(
         q, k, v, table, mask, scale, softcap, sinks, interleaved, offset
     )
+
+
+def _update(cache, index, kind, new) -> Tensor:
+    """All keys (kind 0) or values (kind 1) of a layer, the new ones appended."""
+    return cache.layers[index].update(kind, new)
+
+
+def _present(cache, index, kind, _after, table, interleaved, offset) -> Tensor:
+    """What other readers see of a layer's keys (kind 0) or values (kind 1)."""
+    return cache.layers[index].read(kind, table, interleaved, offset)
 
 
 def _mask(padding, queries, keys, offset, window, batch) -> Tensor | None:
