@@ -34,10 +34,14 @@ def lower(program: Program) -> tuple[fx.GraphModule, dict[str, Region]]:
     with graph.inserting_after(cache):
         length = graph.call_function(_length, (cache,))
     slots = {node: divmod(i, 2) for i, node in enumerate(past)}
+    owned = set()
     for node in graph.find_nodes(op="call_function", target=regraft.cached_attention.default):
+        owned.update(node.args[3:5])
         _lower_attention(graph, node, cache, slots[node.args[3]][0])
     for node in graph.find_nodes(op="call_function", target=regraft.kv_update.default):
-        node.target, node.args = _update, (cache, *slots[node.args[0]], node.args[1])
+        past_state, new = node.args
+        node.target = _joined if past_state in owned else _update
+        node.args = (cache, *slots[past_state], new)
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.sym_size.int):
         if node.args[0] in past and node.args[1] == 2:
             node.replace_all_uses_with(length)
@@ -125,6 +129,12 @@ def _attend(cache, index, q, k, v, table, mask, scale, softcap, sinks, interleav
 def _update(cache, index, kind, new) -> Tensor:
     """All keys (kind 0) or values (kind 1) of a layer, the new ones appended."""
     return cache.layers[index].update(kind, new)
+
+
+def _joined(cache, index, kind, new) -> Tensor:
+    """What _update returns, before the layer's attention appends it."""
+    layer = cache.layers[index]
+    return torch.cat([layer.read(kind, None), new], 2) if layer.length else new
 
 
 def _present(cache, index, kind, _after, table, interleaved, offset) -> Tensor:
