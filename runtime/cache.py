@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,7 @@ from regraft.kernels.kvquant.reference import (
     unpack,
 )
 from regraft.kernels.rotary.reference import rotate
+from regraft.runtime.recurrent import RecurrentStates
 
 
 class Buffer:
@@ -335,30 +338,39 @@ class QuantizedLayer:
 
 
 class CacheState:
-    """The layers and rotation tables of one generation, advanced together."""
+    """The layers, rotation tables and recurrent states of one generation, advanced together."""
 
     def __init__(
         self,
         layers: list[DenseLayer | QuantizedLayer],
         tables: list[RotationTable] | None = None,
+        states: RecurrentStates | None = None,
     ) -> None:
         self.layers = layers
         self.tables = [] if tables is None else tables
+        self.states = states
+
+    @property
+    def parts(self) -> list[Any]:
+        """Everything that is truncated, reordered and reset together."""
+        return [*self.layers, *self.tables, *([] if self.states is None else [self.states])]
 
     @property
     def length(self) -> int:
-        return self.layers[0].length if self.layers else 0
+        return self.parts[0].length if self.layers or self.states else 0
 
     @property
     def batch(self) -> int:
         """Sequences in the cache."""
+        if not self.layers:
+            return 0 if self.states is None else self.states.batch
         layer = self.layers[0]
         buffer = layer._key if isinstance(layer, DenseLayer) else layer._buffers[0]
         return 0 if buffer.data is None else buffer.data.shape[0]
 
     @property
     def nbytes(self) -> int:
-        return sum(part.nbytes for part in (*self.layers, *self.tables))
+        return sum(part.nbytes for part in self.parts)
 
     def truncate(self, length: int) -> None:
         """Keep the first length tokens everywhere, or change nothing and raise ValueError."""
@@ -369,16 +381,18 @@ class CacheState:
                 f"truncate to at least {floor}, or to 0"
             )
         _check_length(length, self.length)
-        for part in (*self.layers, *self.tables):
+        if self.states is not None:
+            self.states.check(length)
+        for part in self.parts:
             part.truncate(length)
 
     def reorder(self, index: Tensor) -> None:
         """Replace batch row i by row index[i]; index [new B]."""
-        for part in (*self.layers, *self.tables):
+        for part in self.parts:
             part.reorder(index)
 
     def reset(self) -> None:
-        for part in (*self.layers, *self.tables):
+        for part in self.parts:
             part.reset()
 
 
