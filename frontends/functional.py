@@ -48,7 +48,7 @@ def _same(a: fx.Node, b: fx.Node) -> bool:
         x.dtype == y.dtype
         and x.device == y.device
         and x.dim() == y.dim()
-        and bool((x.shape == y.shape))
+        and bool(x.shape == y.shape)
     )
 
 
