@@ -7,11 +7,11 @@ cache layers registered; nothing is patched and no architecture is special.
 from __future__ import annotations
 
 import inspect
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
@@ -37,11 +37,18 @@ def _attention(module, q, k, v, attention_mask=None, scaling=None, dropout=0.0, 
     return out.transpose(1, 2).contiguous(), None
 
 
+def _trial(mode: FakeTensorMode | None):
+    """Forget the sizes that a failed evaluation on fake tensors leaves behind."""
+    if mode is None or mode.shape_env is None:
+        return nullcontext()
+    return mode.shape_env.ignore_fresh_unbacked_symbols()
+
+
 def _window_of(mask_function, local_size) -> int | None:
     """0 for a causal mask, its size for a sliding window, None for any other mask."""
     if mask_function is causal_mask_function:
         return 0
-    with unset_fake_temporarily(), disable_proxy_modes_tracing():
+    with unset_fake_temporarily() as mode, disable_proxy_modes_tracing(), _trial(mode):
         try:
             size = int(local_size or 0)
             query = torch.tensor(4 * size + 9)
@@ -77,18 +84,20 @@ class _Step(torch.nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
-        self.keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+        accepted = inspect.signature(model.forward).parameters
+        self.keeps, self.places = "logits_to_keep" in accepted, "position_ids" in accepted
 
     def forward(self, input_ids, attention_mask, position_ids, logits_to_keep, *past):
         layers = [CapturedLayer(k, v) for k, v in zip(past[::2], past[1::2], strict=True)]
-        keep = {"logits_to_keep": logits_to_keep} if self.keeps else {}
+        extra = {"logits_to_keep": logits_to_keep} if self.keeps else {}
+        if self.places:
+            extra["position_ids"] = position_ids
         output = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            position_ids=position_ids,
             past_key_values=Cache(layers=layers),
             use_cache=True,
-            **keep,
+            **extra,
         )
         logits = output.logits if self.keeps else output.logits[:, logits_to_keep]
         return logits, *(state for layer in layers for state in (layer.keys, layer.values))
