@@ -26,10 +26,10 @@ from regraft.program import RegraftError
 from regraft.program.folders import cache_dir
 from regraft.program.serialize import (
     program_from_json,
+    program_tensors,
     program_to_json,
     report_from_json,
     report_to_json,
-    tensors_of,
 )
 from regraft.runtime.regions import compile_regions
 
@@ -62,7 +62,7 @@ def save(compiled: Compiled, folder: str | Path) -> None:
 
 
 def _write(compiled: Compiled, folder: Path) -> None:
-    weights, same = _unshared(tensors_of(compiled.program.graph_module))
+    weights, same = _unshared(program_tensors(compiled.program))
     save_file(weights, folder / WEIGHTS)
     compiled.config.save_pretrained(folder)
     compiled.generation_config.save_pretrained(folder)

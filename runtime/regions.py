@@ -26,7 +26,7 @@ from torch._inductor import aoti_load_package
 from torch._inductor.cpp_builder import get_cpp_compiler
 
 from regraft.kernels.linear.reference import linear_in_blocks
-from regraft.program import Program
+from regraft.program import Program, RegraftError
 from regraft.program.program import spec_of
 from regraft.program.serialize import graph_to_json, submodule, tensors_of
 
@@ -94,8 +94,11 @@ def region_jobs(program: Program) -> dict[str, dict[str, Any]]:
             inputs.append({"shape": shape, "stride": stride, "dtype": name, "device": device})
         if inputs and len(inputs) == len(call.args):
             module = submodule(program.graph_module, call.target)
-            job = {"graph": graph_to_json(module), "inputs": inputs, "machine": machine()}
-            jobs[call.target] = job
+            try:
+                graph = graph_to_json(module)
+            except RegraftError:
+                continue
+            jobs[call.target] = {"graph": graph, "inputs": inputs, "machine": machine()}
     return jobs
 
 
