@@ -9,7 +9,7 @@ import queue
 import sys
 import threading
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from logging import ERROR
 from logging import disable as silence
 from multiprocessing import get_context, parent_process
@@ -110,7 +110,10 @@ def _outcome(reason: str = "", runs: bool = False) -> dict[str, Any]:
 
 def _first_skipped(report: Any) -> str:
     skipped = [entry for row in report.rows for entry in row.skipped if row.name[:5] == "Raise"]
-    return next((f"{where}: {why}" for where, why in skipped if "rotation" not in where), "")
+    return next(
+        (f"{where}: {why}" for where, why in skipped if "rotation" not in where),
+        "some attention was not raised",
+    )
 
 
 def _holds(item: dict[str, Any]) -> bool:
@@ -194,6 +197,7 @@ class _Worker:
             if self.connection.poll(SECONDS):
                 return self.connection.recv()
             reason = f"took more than {SECONDS} s"
+            self.process.kill()
         except (EOFError, OSError):
             self.process.join(5)
             reason = f"the process died with exit code {self.process.exitcode}"
@@ -201,7 +205,11 @@ class _Worker:
         return _outcome(reason, runs=True)
 
     def stop(self) -> None:
+        """Let an idle process end; kill a busy one."""
         if self.process is not None:
+            with suppress(OSError):
+                self.connection.send(None)
+                self.process.join(5)
             self.process.kill()
             self.process.join()
             self.process = None

@@ -58,6 +58,12 @@ class _Opaque(torch.nn.Module):
         super().__init__()
         self.module, self.number = module, next(_numbers)
 
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("module"), name)
+
     def forward(self, *args, **kwargs) -> Tensor:
         inputs, spec = tree_flatten((args, kwargs))
         if not all(torch.is_tensor(x) for x in inputs):
