@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import regraft
-from regraft.benchmarks.harness import Check, Result, environment, interleaved
+from regraft.benchmarks.harness import Check, Result, environment, interleaved, threads
 
 EAGER, COMPILED, DENSE, QUANTIZED = "eager", "torch.compile", "regraft dense", "regraft 4-bit"
 PROMPT, CHUNK, THREADS = 512, 512, 2
@@ -30,13 +30,8 @@ class _Contender:
 
 
 def run(quick: bool) -> Result:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(THREADS)
-    try:
-        with torch.inference_mode():
-            return _run(quick)
-    finally:
-        torch.set_num_threads(threads)
+    with threads(THREADS), torch.inference_mode():
+        return _run(quick)
 
 
 def _run(quick: bool) -> Result:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from regraft.passes.base import Context, Pass, PassResult, is_call
+from regraft.passes.regions import between
 from regraft.passes.sizes import Sizes
 from regraft.program import Program
 from regraft.program.program import source_of
@@ -21,6 +22,7 @@ from regraft.program.program import source_of
 aten = torch.ops.aten
 regraft = torch.ops.regraft
 SOFTMAX = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
+SDPA = aten.scaled_dot_product_attention.default
 PRODUCT = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default)
 MOVE = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.permute.default,
         aten.transpose.int, aten.expand.default, aten.unsqueeze.default, aten.squeeze.dim,
@@ -48,21 +50,26 @@ class RaiseSoftmax(Pass):
         graph = program.graph
         matches, skipped = 0, []
         raiser: _Raiser | None = None
-        for node in [n for n in graph.nodes if n.target in SOFTMAX]:
+        for node in [n for n in graph.nodes if n.target in (*SOFTMAX, SDPA)]:
             scores, keys = _scores(node)
-            if scores is None:
+            if keys is None:
                 continue
             raiser = raiser or _Raiser(program)
             try:
-                raiser.rewrite(node, scores, keys)
+                if node.target == SDPA:
+                    raiser.rewrite_fused(node, keys)
+                else:
+                    raiser.rewrite(node, scores, keys)
                 matches += 1
             except _NoMatch as error:
                 skipped.append((source_of(node), str(error)))
         return PassResult(matches, tuple(skipped))
 
 
-def _scores(softmax: fx.Node) -> tuple[fx.Node | None, Any]:
+def _scores(softmax: fx.Node) -> tuple[Any, Any]:
     """The product above a softmax that multiplies by cached keys, and their update."""
+    if softmax.target == SDPA:
+        return None, _cached(softmax.args[1])
     seen, stack = set(), [softmax.args[0]]
     while stack:
         node = stack.pop()
@@ -100,6 +107,29 @@ class _Raiser:
             interpreter.run(*program.examples)
         self.values: dict[Any, Any] = interpreter.env
 
+    def rewrite_fused(self, node: fx.Node, keys: fx.Node) -> None:
+        """scaled_dot_product_attention with a mask [batch, heads or 1, queries, keys]."""
+        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+        given = dict(zip(names, node.args, strict=False)) | node.kwargs
+        update, mask = _cached(given["value"]), given.get("attn_mask")
+        if update is None:
+            raise _NoMatch("its values are not cached")
+        if mask is None or self.values[mask].dim() != 4 or given.get("dropout_p"):
+            raise _NoMatch("it has no mask for every query and key, or drops weights")
+        for moved, cached in ((given["key"], keys), (given["value"], update)):
+            if self._same_heads(self.values[moved], self.values[cached]) != 1.0:
+                raise _NoMatch("keys or values are scaled after the cache")
+        size = self.values[keys].shape[-1]
+        scale = given.get("scale") or size**-0.5
+        with self.graph.inserting_before(node):
+            raised = self._call(regraft.attention.default, given["query"], keys, update, mask,
+                                None, scale, 0.0)  # fmt: skip
+        if not _close(self.values[raised], self.values[node]):
+            raise _NoMatch("it computes something else")
+        raised.meta = dict(node.meta)
+        node.replace_all_uses_with(raised)
+        self.graph.erase_node(node)
+
     def rewrite(self, softmax: fx.Node, scores: fx.Node, keys: fx.Node) -> None:
         if softmax.args[1] not in (-1, self.values[softmax].dim() - 1):
             raise _NoMatch("softmax is not over keys")
@@ -122,7 +152,7 @@ class _Raiser:
         with self.graph.inserting_before(context):
             if scores.target == aten.baddbmm.default:
                 scores = self._split(scores)
-            chain = _between(scores, softmax.args[0])
+            chain = between(self.graph, [scores], [softmax.args[0]])
             scale, softcap = self._measure(chain, scores, softmax.args[0])
             bias = self._bias(chain, scores, softmax.args[0], shape)
             q = self._call(aten.reshape.default, query, shape)
@@ -246,23 +276,6 @@ class _Raiser:
             args = fx.map_arg(node.args, self._value)
             self.values[node] = node.target(*args)  # type: ignore[operator]
         return self.values[node]
-
-
-def _between(start: fx.Node, end: Any) -> list[fx.Node]:
-    """The nodes after start on paths from it to end, in order."""
-    chain, reached = [], {start}
-    for node in start.graph.nodes:
-        if any(argument in reached for argument in node.all_input_nodes):
-            reached.add(node)
-            chain.append(node)
-        if node is end:
-            break
-    needed, kept = {end}, []
-    for node in reversed(chain):
-        if node in needed:
-            kept.append(node)
-            needed.update(node.all_input_nodes)
-    return kept[::-1]
 
 
 def _close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> bool:
