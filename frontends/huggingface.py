@@ -17,7 +17,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from regraft.frontends.recurrent import capture_recurrent
+from regraft.frontends.opaque import around_data
+from regraft.frontends.recurrent import Trial, capture_recurrent
 from regraft.frontends.states import CapturedLayer, is_recurrent
 from regraft.frontends.tracing import trace
 from regraft.kernels import ops  # noqa: F401  registers the regraft:: operators
@@ -29,7 +30,7 @@ BATCH, QUERIES, PAST = 2, 3, 7
 def _attention(module, q, k, v, attention_mask=None, scaling=None, dropout=0.0, **kwargs):
     scale = scaling if scaling is not None else q.shape[-1] ** -0.5
     softcap = kwargs.get("softcap") or 0.0
-    sinks = kwargs.get("s_aux")
+    sinks = kwargs.get("s_aux", kwargs.get("sinks"))
     mask, bias = attention_mask, kwargs.get("position_bias")
     if bias is not None:
         mask = bias if mask is None else torch.where(mask, bias, float("-inf"))
@@ -163,21 +164,33 @@ def capture(model: PreTrainedModel) -> Program:
     past_key_values.{i}.key and .value [batch_size, heads, past_sequence_length, head_dim].
     Outputs: logits [batch_size, kept, vocab] and present.{i}.key and .value.
     """
-    with torch.no_grad(), _registered(model):
-        if is_recurrent(model):
-            return capture_recurrent(model)
-        shapes = _state_shapes(model)
-        if not shapes:
-            return capture_recurrent(model)
-        inputs, examples, dynamic = _signature(model, shapes)
-        module, _ = trace(_Step(model), inputs, examples, dynamic)
+    return around_data(model, lambda: _capture(model))
+
+
+def _capture(model: PreTrainedModel) -> Program:
+    with torch.no_grad():
+        if not is_recurrent(model):
+            with _registered(model):
+                if shapes := _state_shapes(model):
+                    return _capture_attention(model, shapes)
+        trial = Trial(model)
+        with _registered(model):
+            return capture_recurrent(model, trial)
+
+
+def _capture_attention(model: PreTrainedModel, shapes: list[tuple[Tensor, Tensor]]) -> Program:
+    inputs, examples, dynamic = _signature(model, shapes)
+    module, names, _ = trace(_Step(model), inputs, examples, dynamic)
     outputs = [TensorSpec("logits", ("batch_size", "kept", "vocab"), model.dtype, "logits")]
     for spec in inputs[4:]:
         name = spec.name.replace("past_key_values", "present")
         shape = (*spec.shape[:2], "total_sequence_length", spec.shape[3])
         outputs.append(TensorSpec(name, shape, spec.dtype, "cache"))
     layers = tuple(LayerState() for _ in shapes)
-    return Program(module, tuple(inputs), tuple(outputs), CacheSpec(layers), tuple(examples))
+    metadata = {"parameters": names}
+    return Program(
+        module, tuple(inputs), tuple(outputs), CacheSpec(layers), tuple(examples), metadata
+    )
 
 
 def _signature(model, shapes):

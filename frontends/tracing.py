@@ -19,12 +19,14 @@ def trace(
     inputs: Sequence[TensorSpec],
     examples: Sequence[Tensor],
     dynamic: Sequence[tuple[int, ...]],
-) -> tuple[fx.GraphModule, list[Tensor]]:
-    """The graph of ``step.forward(*examples)`` and the symbolic tensors it was traced with.
+) -> tuple[fx.GraphModule, dict[str, str], list[Tensor]]:
+    """The graph of ``step.forward(*examples)``, {attribute: name of the parameter or buffer} and
+    the symbolic tensors that it was traced with.
 
     dynamic lists, for each input, the dimensions of any size. step.model owns the parameters.
     """
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    mode.cache_enabled = False  # keys and entries of symbolic sizes cost more than they save
     fakes = [
         _fake(mode, example, dims, spec.name)
         for spec, example, dims in zip(inputs, examples, dynamic, strict=True)
@@ -45,8 +47,7 @@ def trace(
     }
     if fixed:
         raise RegraftError(f"{name} fixes dynamic sizes: {fixed}")
-    _name_constants(module, step.model)
-    return module, fakes
+    return module, _name_constants(module, step.model), fakes
 
 
 def _fake(mode: FakeTensorMode, tensor: Tensor, dynamic: tuple[int, ...], name: str) -> Tensor:
@@ -55,13 +56,16 @@ def _fake(mode: FakeTensorMode, tensor: Tensor, dynamic: tuple[int, ...], name: 
     return mode.from_tensor(tensor, symbolic_context=context, source=LocalSource(name))
 
 
-def _name_constants(module: fx.GraphModule, model: torch.nn.Module) -> None:
-    """Give parameters and buffers the names that they have in the model."""
+def _name_constants(module: fx.GraphModule, model: torch.nn.Module) -> dict[str, str]:
+    """Give parameters and buffers the names that they have in the model: {attribute: name}."""
+    names = {}
     known = {id(t): n for n, t in [*model.named_buffers(), *model.named_parameters()]}
     for node in module.graph.find_nodes(op="get_attr"):
         value = getattr(module, node.target, None)
         if id(value) in known:
             name = known[id(value)].replace(".", "_")
+            names[name] = known[id(value)]
             setattr(module, name, value)
             node.target = name
     module.recompile()
+    return names

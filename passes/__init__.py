@@ -4,20 +4,36 @@ from regraft.passes.base import Context, Pass, PassResult, pass_named, registry,
 from regraft.passes.clean_up import CleanUp
 from regraft.passes.fuse_linear import FuseLinear
 from regraft.passes.kvquant import KVQuant
+from regraft.passes.outline import OutlineLayers
 from regraft.passes.raise_attention import RaiseAttention
+from regraft.passes.raise_latent import RaiseLatent
+from regraft.passes.raise_softmax import RaiseSoftmax
 
-DEFAULT: tuple[Pass, ...] = (CleanUp(), RaiseAttention(), FuseLinear())
+DEFAULT: tuple[Pass, ...] = (
+    CleanUp(),
+    RaiseSoftmax(),
+    RaiseLatent(),
+    RaiseAttention(),
+    FuseLinear(),
+)
 """What every compiled model gets before the passes that the user asked for."""
+
+FINAL: tuple[Pass, ...] = (OutlineLayers(),)
+"""What follows those passes where regions are to be compiled."""
 
 __all__ = [
     "DEFAULT",
+    "FINAL",
     "CleanUp",
     "Context",
     "FuseLinear",
     "KVQuant",
+    "OutlineLayers",
     "Pass",
     "PassResult",
     "RaiseAttention",
+    "RaiseLatent",
+    "RaiseSoftmax",
     "pass_named",
     "registry",
     "run",

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from regraft.passes import DEFAULT, Context, Pass, pass_named, run
+from regraft.passes import DEFAULT, FINAL, Context, Pass, pass_named, run
 from regraft.program import RegraftError
+from regraft.program.folders import cache_dir
 from regraft.runtime.causal_lm import Compiled
+from regraft.runtime.program_cache import fetch, fingerprint, store
+from regraft.runtime.regions import compile_regions
 
 
 def compile(
@@ -41,9 +45,9 @@ def compile(
         )
     if example_inputs is not None or dynamic_shapes is not None:
         raise RegraftError("example_inputs and dynamic_shapes: a causal language model needs none")
-    if target not in ("cpu", "cuda"):
-        raise RegraftError(f"unknown target {target!r}: 'cpu' or 'cuda'")
-    if model.device.type != target:
+    if target not in ("cpu", "cuda", "reference"):
+        raise RegraftError(f"unknown target {target!r}: 'cpu', 'cuda' or 'reference'")
+    if target != "reference" and model.device.type != target:
         raise RegraftError(
             f"the model is on {model.device}, the target is {target}: move the model"
         )
@@ -51,11 +55,24 @@ def compile(
     for item in asked:
         if not isinstance(item, Pass):
             raise RegraftError(f"{item!r} is not a pass; `regraft passes` lists them")
-    program = capture(model)
-    context = Context(calibration or ())
-    report = run(program, [*DEFAULT, *asked], context, required=asked, dump_dir=dump_dir)
+    final = () if target == "reference" else FINAL
+    steps = [*DEFAULT, *asked, *final]
+    key = None if calibration or dump_dir else fingerprint(model, steps)
+    entry = cache_dir() / "programs" / f"{key}.safetensors"
+    kept = fetch(entry, model) if key else None
+    if kept is None:
+        program = capture(model)
+        context = Context(calibration or ())
+        report = run(program, steps, context, required=asked, dump_dir=dump_dir)
+        if key and "modules" not in program.metadata:
+            store(entry, program, report)
+    else:
+        program, report = kept
     kind = type(type(model).__name__, (Compiled,), {})
-    return kind(program, report, model)
+    compiled = kind(program, report, model)
+    if target != "reference" and os.environ.get("REGRAFT_INDUCTOR") != "0":
+        compile_regions(program, compiled.regions, cache_dir() / "regions")
+    return compiled
 
 
 def read_recipe(path: str | Path) -> list[Pass]:

@@ -147,6 +147,18 @@ class DenseLayer:
         self._key.append(k)
         self._value.append(v)
 
+    def update(self, kind: int, x: Tensor) -> Tensor:
+        """Append to the keys (kind 0) or the values (kind 1); all of them [B, Hkv, T, *]."""
+        buffer = self._value if kind else self._key
+        buffer.append(x)
+        return buffer.view
+
+    def read(
+        self, kind: int, table: RotationTable | None, interleaved: bool = False, offset: int = 0
+    ) -> Tensor:
+        """The rotated keys (kind 0) or the values (kind 1) [B, Hkv, T, *]."""
+        return self.value if kind else self.key
+
     def attend(
         self,
         q: Tensor,
@@ -259,6 +271,13 @@ class QuantizedLayer:
         return out
 
     step = append_and_attend
+
+    def read(
+        self, kind: int, table: RotationTable | None, interleaved: bool = False, offset: int = 0
+    ) -> Tensor:
+        """The rotated keys (kind 0) or the values (kind 1) [B, Hkv, T, *], decoded."""
+        x = self._read(self._tails[0].view.dtype)[kind]
+        return x if kind else _rotate_last(x, table, x.shape[2], interleaved, offset)
 
     def truncate(self, length: int) -> None:
         """Keep the first length tokens; only exact tokens can be cut, or all of them."""

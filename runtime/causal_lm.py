@@ -85,6 +85,7 @@ class Compiled(GenerationMixin):
         self.device, self.dtype = model.device, model.dtype
         self.name_or_path = getattr(model, "name_or_path", "")
         self._run = Steps(program)
+        self.regions = self._run.regions
 
     def __repr__(self) -> str:
         formats = sorted({layer.format for layer in self.program.cache.layers})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from operator import getitem
 
 import torch
@@ -10,47 +11,51 @@ from torch import Tensor, fx
 from regraft.kernels.linear.reference import linear
 from regraft.kernels.ops import causal_mask
 from regraft.program import CacheSpec, LayerState, Program, RegraftError
-from regraft.program.program import source_of
 from regraft.runtime.cache import CacheState, DenseLayer, QuantizedLayer, RotationTable
 from regraft.runtime.recurrent import RecurrentStates
+from regraft.runtime.regions import Region, variant_of
 
 regraft = torch.ops.regraft
 
 
-def lower(program: Program) -> fx.GraphModule:
-    """forward(input_ids, attention_mask, position_ids, logits_to_keep, cache) -> logits."""
+def lower(program: Program) -> tuple[fx.GraphModule, dict[str, Region]]:
+    """forward(input_ids, attention_mask, position_ids, logits_to_keep, cache) -> logits.
+
+    The outlined regions come back by name, running operator by operator until they are loaded.
+    """
     lowered = program.copy()
     graph = lowered.graph
-    left = graph.find_nodes(op="call_function", target=regraft.attention.default)
-    if left:
-        raise RegraftError(
-            f"attention at {source_of(left[0])} was not raised, so its cache cannot be kept in "
-            "place; the report of RaiseAttention says why"
-        )
     placeholders = graph.find_nodes(op="placeholder")
-    roles = zip(placeholders, program.inputs, strict=True)
-    past = [node for node, spec in roles if spec.role in ("cache", "state")]
-    keys, states = past[: 2 * len(program.cache.layers)], past[2 * len(program.cache.layers) :]
+    roles = list(zip(placeholders, program.inputs, strict=True))
+    past = [node for node, spec in roles if spec.role == "cache"]
+    states = [node for node, spec in roles if spec.role == "state"]
     with graph.inserting_after(placeholders[-1]):
         cache = graph.placeholder("cache")
-    with graph.inserting_after(cache):
-        length = graph.call_function(_length, (cache,))
-    raised = graph.find_nodes(op="call_function", target=regraft.cached_attention.default)
-    for index, node in enumerate(raised):
-        _lower_attention(graph, node, cache, index)
-    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.sym_size.int):
-        if node.args[0] in keys and node.args[1] == 2:
-            node.replace_all_uses_with(length)
-            graph.erase_node(node)
-    for node in graph.find_nodes(op="call_function", target=regraft.causal_mask.default):
-        if all(user.target is _attend for user in node.users):
-            node.target = _mask
-    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default):
-        node.target = linear
     if states:
         _lower_states(graph, cache, placeholders[0], states)
     output = graph.output_node()
     output.args = (output.args[0][0],)  # type: ignore[index]
+    graph.eliminate_dead_code()
+    with graph.inserting_after(cache):
+        length = graph.call_function(_length, (cache,))
+    slots = {node: divmod(i, 2) for i, node in enumerate(past)}
+    owned = set()
+    for node in graph.find_nodes(op="call_function", target=regraft.cached_attention.default):
+        owned.update(node.args[3:5])
+        _lower_attention(graph, node, cache, slots[node.args[3]][0])
+    for node in graph.find_nodes(op="call_function", target=regraft.kv_update.default):
+        past_state, new = node.args
+        node.target = _joined if past_state in owned else _update
+        node.args = (cache, *slots[past_state], new)
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.sym_size.int):
+        if node.args[0] in past and node.args[1] == 2:
+            node.replace_all_uses_with(length)
+            graph.erase_node(node)
+    for node in graph.find_nodes(op="call_function", target=regraft.causal_mask.default):
+        if all(user.target in (_attend, regraft.attention.default) for user in node.users):
+            node.target = _mask
+    _take_linear(graph)
+    regions = _lower_regions(lowered.graph_module, placeholders[0])
     graph.eliminate_dead_code()
     for node in past:
         if node.users:
@@ -59,7 +64,30 @@ def lower(program: Program) -> fx.GraphModule:
         graph.erase_node(node)
     graph.lint()
     lowered.graph_module.recompile()
-    return lowered.graph_module
+    return lowered.graph_module, regions
+
+
+def _lower_regions(module: fx.GraphModule, ids: fx.Node) -> dict[str, Region]:
+    regions: dict[str, Region] = {}
+    calls = module.graph.find_nodes(op="call_module")
+    if calls:
+        with module.graph.inserting_after(ids):
+            variant = module.graph.call_function(variant_of, (ids,))
+    for node in calls:
+        name = str(node.target)
+        if name not in regions:
+            operators = copy.deepcopy(module.get_submodule(name))
+            _take_linear(operators.graph)
+            operators.recompile()
+            regions[name] = Region(operators)
+            module.add_submodule(name, regions[name])
+        node.args = (variant, *node.args)
+    return regions
+
+
+def _take_linear(graph: fx.Graph) -> None:
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default):
+        node.target = linear
 
 
 def _lower_attention(graph: fx.Graph, node: fx.Node, cache: fx.Node, index: int) -> None:
@@ -79,9 +107,10 @@ def _lower_attention(graph: fx.Graph, node: fx.Node, cache: fx.Node, index: int)
     for user in list(node.users):
         if user.args[1] == 0:
             user.replace_all_uses_with(out)
+            graph.erase_node(user)
         else:
-            user.replace_all_uses_with(None)  # type: ignore[arg-type]
-        graph.erase_node(user)
+            user.target = _present
+            user.args = (cache, index, user.args[1] - 1, out, table, style == "interleaved", offset)
     graph.erase_node(node)
 
 
@@ -94,6 +123,7 @@ def _lower_states(graph: fx.Graph, cache: fx.Node, ids: fx.Node, past: list[fx.N
             state = graph.call_function(getitem, (read, index))
         state.meta = dict(node.meta)
         node.replace_all_uses_with(state)
+        graph.erase_node(node)
     output = graph.output_node()
     written = list(output.args[0][-len(past) :])  # type: ignore[index]
     with graph.inserting_before(output):
@@ -124,6 +154,22 @@ def _attend(cache, index, q, k, v, table, mask, scale, softcap, sinks, interleav
     return cache.layers[index].step(
         q, k, v, table, mask, scale, softcap, sinks, interleaved, offset
     )
+
+
+def _update(cache, index, kind, new) -> Tensor:
+    """All keys (kind 0) or values (kind 1) of a layer, the new ones appended."""
+    return cache.layers[index].update(kind, new)
+
+
+def _joined(cache, index, kind, new) -> Tensor:
+    """What _update returns, before the layer's attention appends it."""
+    layer = cache.layers[index]
+    return torch.cat([layer.read(kind, None), new], 2) if layer.length else new
+
+
+def _present(cache, index, kind, _after, table, interleaved, offset) -> Tensor:
+    """What other readers see of a layer's keys (kind 0) or values (kind 1)."""
+    return cache.layers[index].read(kind, table, interleaved, offset)
 
 
 def _mask(padding, queries, keys, offset, window, batch) -> Tensor | None:

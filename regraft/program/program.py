@@ -45,8 +45,8 @@ class CacheSpec:
 class Program:
     """A step: tokens and past states in, logits and present states out.
 
-    tokens: the most tokens that a call takes, None for any number. prefill: the same step over
-    2 to ``prefill.tokens`` tokens, for models that compute one token by other code; its inputs
+    tokens: the fewest and the most tokens that a call takes, None for any number. prefill: the
+    same step over several tokens, for models that compute one token by other code; its inputs
     and outputs are those of the program.
     """
 
@@ -56,7 +56,7 @@ class Program:
     cache: CacheSpec = CacheSpec()
     examples: tuple[torch.Tensor, ...] = ()
     metadata: dict[str, Any] = field(default_factory=dict)
-    tokens: int | None = None
+    tokens: tuple[int, int | None] = (1, None)
     prefill: Program | None = None
 
     @property
@@ -64,9 +64,9 @@ class Program:
         return self.graph_module.graph
 
     @property
-    def parts(self) -> tuple[Program, ...]:
-        """The program and its prefill, if it has one: what a pass applies to."""
-        return (self,) if self.prefill is None else (self, self.prefill)
+    def parts(self) -> dict[str, Program]:
+        """The program and its prefill, if it has one, by the prefix that names their tensors."""
+        return {"": self} if self.prefill is None else {"": self, "prefill.": self.prefill}
 
     def __call__(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Run the functional graph: past states in, present states out."""
@@ -103,8 +103,8 @@ class Program:
         """One line a node: name, operator, arguments, dtype and shape."""
         lines = []
         for node in self.graph.nodes:
-            value = node.meta.get("val")
-            shape = f" : {value.dtype} {list(value.shape)}" if torch.is_tensor(value) else ""
+            spec = spec_of(node)
+            shape = f" : {spec[0]} [{', '.join(map(str, spec[1]))}]" if spec else ""
             arguments = ", ".join(map(str, node.args)) if node.op != "placeholder" else ""
             lines.append(f"{node.name} = {node.target}({arguments}){shape}")
         return "\n".join(lines)
@@ -116,7 +116,17 @@ class Program:
         )
 
 
+def spec_of(node: fx.Node) -> tuple[torch.dtype, tuple[int | str, ...]] | None:
+    """dtype and dimensions of a node's tensor, dynamic ones as their symbol; None for others."""
+    value = node.meta.get("val")
+    if torch.is_tensor(value):
+        return value.dtype, tuple(n if isinstance(n, int) else str(n) for n in value.shape)
+    return node.meta.get("spec")
+
+
 def source_of(node: fx.Node) -> str:
     """The module path a node was captured from, for messages."""
+    if "source" in node.meta:
+        return node.meta["source"]
     stack = node.meta.get("nn_module_stack")
     return next(reversed(stack.values()))[0] if stack else node.name
