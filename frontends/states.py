@@ -9,6 +9,7 @@ and ``take`` reads the tensors back after the model has run. Nothing of it knows
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -20,7 +21,6 @@ from transformers.cache_utils import (
     DynamicCache,
     DynamicIndexedLayer,
     DynamicLayer,
-    LinearAttentionAndFullAttentionLayer,
     LinearAttentionCacheLayerMixin,
 )
 
@@ -42,9 +42,16 @@ class CapturedLayer(DynamicLayer):
         self.values = torch.ops.regraft.kv_update(self.values, value_states)
         return self.keys, self.values
 
+    is_sliding = False
+    get_mask_sizes = DynamicLayer.get_mask_sizes
+    get_seq_length = DynamicLayer.get_seq_length
+    get_max_length = DynamicLayer.get_max_length
 
-class CapturedMixedLayer(CapturedLayer, LinearAttentionAndFullAttentionLayer):
-    """A CapturedLayer with the recurrent states of the layer that it stands for."""
+
+@functools.cache
+def _captured_class(base: type[DynamicLayer]) -> type[CapturedLayer]:
+    """CapturedLayer with what else the class of layer keeps, under no layer type of its own."""
+    return type(f"Captured{base.__name__}", (CapturedLayer, base), {"_layer_type": None})
 
 
 def is_recurrent(model: PreTrainedModel) -> bool:
@@ -157,8 +164,7 @@ class Memory:
 
 
 def _captured(layer: DynamicLayer) -> CapturedLayer:
-    mixed = isinstance(layer, LinearAttentionCacheLayerMixin)
-    captured = object.__new__(CapturedMixedLayer if mixed else CapturedLayer)
+    captured = object.__new__(_captured_class(type(layer)))
     captured.__dict__.update(layer.__dict__)
     return captured
 

@@ -72,7 +72,7 @@ def fingerprint(model: torch.nn.Module, settings: Sequence[Any]) -> str | None:
         add(name, tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
         add(first.setdefault(id(tensor), name))
     for name, tensor in model.named_buffers():
-        add(name, tensor.dtype, tensor.shape, tensor.detach().cpu().contiguous().numpy().tobytes())
+        add(name, tensor.dtype, tensor.shape, _bytes(tensor))
     return digest.hexdigest()[:32]
 
 
@@ -128,6 +128,10 @@ def fetch(path: Path, model: torch.nn.Module) -> tuple[Program, Report] | None:
         log.warning("regraft: a kept program is damaged and is made anew: %s", error)
         path.unlink(missing_ok=True)
         return None
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 @cache
