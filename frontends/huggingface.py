@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from regraft.frontends.opaque import around_data
-from regraft.frontends.recurrent import capture_recurrent
+from regraft.frontends.recurrent import Trial, capture_recurrent
 from regraft.frontends.states import CapturedLayer, is_recurrent
 from regraft.frontends.tracing import trace
 from regraft.frontends.trial import agree
@@ -33,7 +33,7 @@ _one_at_a_time = threading.Lock()
 def _attention(module, q, k, v, attention_mask=None, scaling=None, dropout=0.0, **kwargs):
     scale = scaling if scaling is not None else q.shape[-1] ** -0.5
     softcap = kwargs.get("softcap") or 0.0
-    sinks = kwargs.get("s_aux")
+    sinks = kwargs.get("s_aux", kwargs.get("sinks"))
     mask, bias = attention_mask, kwargs.get("position_bias")
     if bias is not None:
         mask = bias if mask is None else torch.where(mask, bias, float("-inf"))
@@ -172,14 +172,19 @@ def capture(model: PreTrainedModel) -> Program:
 
 
 def _capture(model: PreTrainedModel) -> Program:
-    with torch.no_grad(), _registered(model):
-        if is_recurrent(model):
-            return capture_recurrent(model)
-        shapes = _state_shapes(model)
-        if not shapes:
-            return capture_recurrent(model)
-        inputs, examples, dynamic = _signature(model, shapes)
-        module, _, names = trace(_Step(model), inputs, examples, dynamic)
+    with torch.no_grad():
+        if not is_recurrent(model):
+            with _registered(model):
+                if shapes := _state_shapes(model):
+                    return _capture_attention(model, shapes)
+        trial = Trial(model)
+        with _registered(model):
+            return capture_recurrent(model, trial)
+
+
+def _capture_attention(model: PreTrainedModel, shapes: list[tuple[Tensor, Tensor]]) -> Program:
+    inputs, examples, dynamic = _signature(model, shapes)
+    module, names, _ = trace(_Step(model), inputs, examples, dynamic)
     outputs = [TensorSpec("logits", ("batch_size", "kept", "vocab"), model.dtype, "logits")]
     for spec in inputs[4:]:
         name = spec.name.replace("past_key_values", "present")

@@ -19,13 +19,14 @@ def trace(
     inputs: Sequence[TensorSpec],
     examples: Sequence[Tensor],
     dynamic: Sequence[tuple[int, ...]],
-) -> tuple[fx.GraphModule, list[Tensor], dict[str, str]]:
-    """The graph of ``step.forward(*examples)``, the symbolic tensors it was traced with, and the
-    name in the model of each of its attributes that is a parameter or buffer there.
+) -> tuple[fx.GraphModule, dict[str, str], list[Tensor]]:
+    """The graph of ``step.forward(*examples)``, {attribute: name of the parameter or buffer} and
+    the symbolic tensors that it was traced with.
 
     dynamic lists, for each input, the dimensions of any size. step.model owns the parameters.
     """
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    mode.cache_enabled = False  # keys and entries of symbolic sizes cost more than they save
     fakes = [
         _fake(mode, example, dims, spec.name)
         for spec, example, dims in zip(inputs, examples, dynamic, strict=True)
@@ -46,7 +47,7 @@ def trace(
     }
     if fixed:
         raise RegraftError(f"{name} fixes dynamic sizes: {fixed}")
-    return module, fakes, _name_constants(module, step.model)
+    return module, _name_constants(module, step.model), fakes
 
 
 def _fake(mode: FakeTensorMode, tensor: Tensor, dynamic: tuple[int, ...], name: str) -> Tensor:

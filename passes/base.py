@@ -81,7 +81,7 @@ def run(
     ``required`` that matches nothing is an error that names the reasons.
     """
     report = Report()
-    parts = program.parts
+    parts = list(program.parts.values())
     references = [part(*part.examples) if part.examples else () for part in parts]
     for index, step in enumerate(passes):
         name = type(step).__name__
@@ -101,8 +101,9 @@ def run(
         if dump_dir is not None:
             folder = Path(dump_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            for part, suffix in zip(parts, ("", "_prefill"), strict=False):
-                (folder / f"{index + 1:02d}_{name}{suffix}.txt").write_text(part.text())
+            for prefix, part in program.parts.items():
+                (folder / f"{index + 1:02d}_{prefix}{name}.txt").write_text(part.text())
+    _share_stacked(program)
     return report
 
 
@@ -112,6 +113,18 @@ def _apply(step: Pass, program: Program, context: Context) -> PassResult:
     program.graph_module.recompile()
     program.verify()
     return result
+
+
+def _share_stacked(program: Program) -> None:
+    """Weights that the program and its prefill stack alike are the same tensors."""
+    made: dict[tuple[str, ...], Any] = {}
+    for part in program.parts.values():
+        known = part.metadata.get("parameters", {})
+        for name, sources in part.metadata.get("stacked", {}).items():
+            if all(source in known for source in sources):
+                key = tuple(known[source] for source in sources)
+                tensor = made.setdefault(key, getattr(part.graph_module, name))
+                setattr(part.graph_module, name, tensor)
 
 
 def _error(name: str, tolerance: float, reference: Sequence[Any], program: Program) -> float:

@@ -45,8 +45,8 @@ class CacheSpec:
 class Program:
     """A step: tokens and past states in, logits and present states out.
 
-    tokens: the most tokens that a call takes, None for any number. prefill: the same step over
-    2 to ``prefill.tokens`` tokens, for models that compute one token by other code; its inputs
+    tokens: the fewest and the most tokens that a call takes, None for any number. prefill: the
+    same step over several tokens, for models that compute one token by other code; its inputs
     and outputs are those of the program.
     """
 
@@ -56,7 +56,7 @@ class Program:
     cache: CacheSpec = CacheSpec()
     examples: tuple[torch.Tensor, ...] = ()
     metadata: dict[str, Any] = field(default_factory=dict)
-    tokens: int | None = None
+    tokens: tuple[int, int | None] = (1, None)
     prefill: Program | None = None
 
     @property
@@ -64,9 +64,9 @@ class Program:
         return self.graph_module.graph
 
     @property
-    def parts(self) -> tuple[Program, ...]:
-        """The program and its prefill, if it has one: what a pass applies to."""
-        return (self,) if self.prefill is None else (self, self.prefill)
+    def parts(self) -> dict[str, Program]:
+        """The program and its prefill, if it has one, by the prefix that names their tensors."""
+        return {"": self} if self.prefill is None else {"": self, "prefill.": self.prefill}
 
     def __call__(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Run the functional graph: past states in, present states out."""
