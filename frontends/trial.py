@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 
 import torch
+from transformers import PreTrainedModel
 
 from regraft.program import Program, RegraftError
 
@@ -12,7 +13,7 @@ LENGTH, PADDING, PROMPT = 6, 2, 5
 TOLERANCE = 1e-4
 
 
-def agree(model: torch.nn.Module, program: Program) -> None:
+def agree(model: PreTrainedModel, program: Program) -> None:
     """Raise RegraftError unless a padded prompt and a step after it give the model's logits.
 
     A model may run other code for an empty cache or for one token than for what it was captured
