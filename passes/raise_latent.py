@@ -115,7 +115,10 @@ def _matrices(program, node, latent, rope) -> tuple[Tensor, Tensor, Tensor] | st
     placeholders = program.graph.find_nodes(op="placeholder")
     examples = dict(zip(placeholders, program.examples, strict=True))
     past, total = examples[latent.args[0]], latent.meta["val"].shape[2]
-    batch, length = past.shape[0], int(total.node.hint if isinstance(total, torch.SymInt) else total)
+    batch, length = (
+        past.shape[0],
+        int(total.node.hint if isinstance(total, torch.SymInt) else total),
+    )
     sizes = [int(update.meta["val"].shape[-1]) for update in (latent, rope)]
 
     def run(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,8 @@ aten = torch.ops.aten
 regraft = torch.ops.regraft
 STOPS = (aten.linear.default, aten.mm.default, aten.addmm.default, aten.matmul.default,
          aten.embedding.default, aten.bmm.default, aten.einsum.default,
-         regraft.attention.default, regraft.cached_attention.default, aten.convolution.default)  # fmt: skip
+         aten.convolution.default, regraft.attention.default,
+         regraft.cached_attention.default)  # fmt: skip
 
 
 @dataclass
