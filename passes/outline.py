@@ -75,7 +75,9 @@ class _Region:
     def of(cls, nodes: list[fx.Node], module: fx.GraphModule) -> _Region | None:
         """None when a size that the nodes use cannot be read from their tensors."""
         inside = set(nodes)
-        outside = list(dict.fromkeys(a for n in nodes for a in n.all_input_nodes if a not in inside))
+        outside = list(
+            dict.fromkeys(a for n in nodes for a in n.all_input_nodes if a not in inside)
+        )
         scalars = [a for a in outside if isinstance(a.meta.get("val"), torch.SymInt)]
         inputs = [a for a in outside if a not in scalars]
         if any(not torch.is_tensor(a.meta.get("val")) for a in inputs):

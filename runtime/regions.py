@@ -116,7 +116,10 @@ def _processor() -> str:
 
 @cache
 def _source() -> str:
-    files = [Path(__file__).with_name("region_worker.py"), Path(linear_in_blocks.__code__.co_filename)]
+    files = [
+        Path(__file__).with_name("region_worker.py"),
+        Path(linear_in_blocks.__code__.co_filename),
+    ]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 

@@ -129,7 +129,9 @@ def _spec_to_json(spec: TensorSpec) -> dict[str, Any]:
 
 
 def _spec_from_json(data: dict[str, Any]) -> TensorSpec:
-    return TensorSpec(**{**data, "shape": tuple(data["shape"]), "dtype": _decode(data["dtype"], {})})
+    return TensorSpec(
+        **{**data, "shape": tuple(data["shape"]), "dtype": _decode(data["dtype"], {})}
+    )
 
 
 def _target_name(node: fx.Node) -> str:
