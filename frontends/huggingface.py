@@ -7,22 +7,26 @@ cache layers registered; nothing is patched and no architecture is special.
 from __future__ import annotations
 
 import inspect
-from contextlib import contextmanager
+import threading
+from contextlib import contextmanager, nullcontext
 
 import torch
-from torch import Tensor, fx
-from torch._dynamo.source import LocalSource
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+from regraft.frontends.opaque import around_data
+from regraft.frontends.recurrent import capture_recurrent
+from regraft.frontends.states import CapturedLayer, is_recurrent
+from regraft.frontends.tracing import trace
 from regraft.kernels import ops  # noqa: F401  registers the regraft:: operators
 from regraft.program import CacheSpec, LayerState, Program, RegraftError, TensorSpec
 
 BATCH, QUERIES, PAST = 2, 3, 7
+_one_at_a_time = threading.Lock()
 
 
 def _attention(module, q, k, v, attention_mask=None, scaling=None, dropout=0.0, **kwargs):
@@ -36,11 +40,18 @@ def _attention(module, q, k, v, attention_mask=None, scaling=None, dropout=0.0, 
     return out.transpose(1, 2).contiguous(), None
 
 
+def _trial(mode: FakeTensorMode | None):
+    """Forget the sizes that a failed evaluation on fake tensors leaves behind."""
+    if mode is None or mode.shape_env is None:
+        return nullcontext()
+    return mode.shape_env.ignore_fresh_unbacked_symbols()
+
+
 def _window_of(mask_function, local_size) -> int | None:
     """0 for a causal mask, its size for a sliding window, None for any other mask."""
     if mask_function is causal_mask_function:
         return 0
-    with unset_fake_temporarily(), disable_proxy_modes_tracing():
+    with unset_fake_temporarily() as mode, disable_proxy_modes_tracing(), _trial(mode):
         try:
             size = int(local_size or 0)
             query = torch.tensor(4 * size + 9)
@@ -70,38 +81,26 @@ AttentionInterface.register("regraft", _attention)
 AttentionMaskInterface.register("regraft", _mask)
 
 
-class _CapturedLayer(DynamicLayer):
-    """A cache layer that leaves one ``regraft::kv_update`` for keys and one for values."""
-
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        super().__init__()
-        self.keys, self.values = keys, values
-        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        self.keys = torch.ops.regraft.kv_update(self.keys, key_states)
-        self.values = torch.ops.regraft.kv_update(self.values, value_states)
-        return self.keys, self.values
-
-
 class _Step(torch.nn.Module):
     """One call of the model as a function of ids, mask, positions and past keys and values."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
-        self.keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+        accepted = inspect.signature(model.forward).parameters
+        self.keeps, self.places = "logits_to_keep" in accepted, "position_ids" in accepted
 
     def forward(self, input_ids, attention_mask, position_ids, logits_to_keep, *past):
-        layers = [_CapturedLayer(k, v) for k, v in zip(past[::2], past[1::2], strict=True)]
-        keep = {"logits_to_keep": logits_to_keep} if self.keeps else {}
+        layers = [CapturedLayer(k, v) for k, v in zip(past[::2], past[1::2], strict=True)]
+        extra = {"logits_to_keep": logits_to_keep} if self.keeps else {}
+        if self.places:
+            extra["position_ids"] = position_ids
         output = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            position_ids=position_ids,
             past_key_values=Cache(layers=layers),
             use_cache=True,
-            **keep,
+            **extra,
         )
         logits = output.logits if self.keeps else output.logits[:, logits_to_keep]
         return logits, *(state for layer in layers for state in (layer.keys, layer.values))
@@ -123,15 +122,12 @@ def _state_shapes(model: PreTrainedModel) -> list[tuple[Tensor, Tensor]]:
     model(input_ids=ids, attention_mask=mask, past_key_values=Cache(layers=layers), use_cache=True)
     used = [hasattr(layer, "sample") for layer in layers]
     if not any(used):
-        raise RegraftError(
-            f"{type(model).__name__} keeps no attention cache through transformers' Cache: "
-            "it cannot be compiled as a cached decoder"
-        )
+        return []
     last = max(i for i, use in enumerate(used) if use)
     if not all(used[: last + 1]):
         raise RegraftError(
-            f"{type(model).__name__} mixes attention with recurrent layers (layer "
-            f"{used.index(False)} keeps no keys): hybrid caches are not supported yet"
+            f"{type(model).__name__} keeps no keys for layer {used.index(False)}: give it a "
+            "configuration whose layer_types say so"
         )
     return [layer.sample for layer in layers[: last + 1]]
 
@@ -161,44 +157,28 @@ def _registered(model: PreTrainedModel):
             config._attn_implementation_internal = name
 
 
-def _fake(mode: FakeTensorMode, tensor: Tensor, dynamic: tuple[int, ...], name: str) -> Tensor:
-    sizes = [DimDynamic.DYNAMIC if i in dynamic else DimDynamic.STATIC for i in range(tensor.dim())]
-    context = StatelessSymbolicContext(dynamic_sizes=sizes)
-    return mode.from_tensor(tensor, symbolic_context=context, source=LocalSource(name))
-
-
 def capture(model: PreTrainedModel) -> Program:
-    """Program of one step: prefill, decode and verification are the same graph.
+    """Program of one step: prefill, decode and verification are the same graph, except for
+    models with recurrent layers (see ``capture_recurrent``).
 
     Inputs: input_ids [batch_size, sequence_length], attention_mask [batch_size,
     total_sequence_length], position_ids, logits_to_keep [kept], and per layer
     past_key_values.{i}.key and .value [batch_size, heads, past_sequence_length, head_dim].
     Outputs: logits [batch_size, kept, vocab] and present.{i}.key and .value.
     """
+    with _one_at_a_time:
+        return around_data(model, lambda: _capture(model))
+
+
+def _capture(model: PreTrainedModel) -> Program:
     with torch.no_grad(), _registered(model):
+        if is_recurrent(model):
+            return capture_recurrent(model)
         shapes = _state_shapes(model)
+        if not shapes:
+            return capture_recurrent(model)
         inputs, examples, dynamic = _signature(model, shapes)
-        mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-        fakes = [
-            _fake(mode, example, dims, spec.name)
-            for spec, example, dims in zip(inputs, examples, dynamic, strict=True)
-        ]
-        step = _Step(model)
-        try:
-            module = make_fx(
-                step, pre_dispatch=True, record_module_stack=True, _allow_non_fake_inputs=True
-            )(*fakes)
-        except Exception as error:
-            raise RegraftError(
-                f"{type(model).__name__} could not be captured: {type(error).__name__}: "
-                f"{str(error).splitlines()[0] if str(error) else ''}"
-            ) from error
-    fixed = {
-        str(symbol): int(v) for symbol, v in mode.shape_env.replacements.items() if v.is_number
-    }
-    if fixed:
-        raise RegraftError(f"{type(model).__name__} fixes dynamic sizes: {fixed}")
-    names = _name_constants(module, step)
+        module, _, names = trace(_Step(model), inputs, examples, dynamic)
     outputs = [TensorSpec("logits", ("batch_size", "kept", "vocab"), model.dtype, "logits")]
     for spec in inputs[4:]:
         name = spec.name.replace("past_key_values", "present")
@@ -239,18 +219,3 @@ def _signature(model, shapes):
             examples.append(past)
             dynamic.append((0, 2))
     return inputs, examples, dynamic
-
-
-def _name_constants(module: fx.GraphModule, step: torch.nn.Module) -> dict[str, str]:
-    """Give parameters and buffers the names that they have in the model: {attribute: name}."""
-    names = {}
-    known = {id(t): n for n, t in [*step.model.named_buffers(), *step.model.named_parameters()]}
-    for node in module.graph.find_nodes(op="get_attr"):
-        value = getattr(module, node.target, None)
-        if id(value) in known:
-            name = known[id(value)].replace(".", "_")
-            names[name] = known[id(value)]
-            setattr(module, name, value)
-            node.target = name
-    module.recompile()
-    return names

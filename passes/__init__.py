@@ -6,8 +6,16 @@ from regraft.passes.fuse_linear import FuseLinear
 from regraft.passes.kvquant import KVQuant
 from regraft.passes.outline import OutlineLayers
 from regraft.passes.raise_attention import RaiseAttention
+from regraft.passes.raise_latent import RaiseLatent
+from regraft.passes.raise_softmax import RaiseSoftmax
 
-DEFAULT: tuple[Pass, ...] = (CleanUp(), RaiseAttention(), FuseLinear())
+DEFAULT: tuple[Pass, ...] = (
+    CleanUp(),
+    RaiseSoftmax(),
+    RaiseLatent(),
+    RaiseAttention(),
+    FuseLinear(),
+)
 """What every compiled model gets before the passes that the user asked for."""
 
 FINAL: tuple[Pass, ...] = (OutlineLayers(),)
@@ -24,6 +32,8 @@ __all__ = [
     "Pass",
     "PassResult",
     "RaiseAttention",
+    "RaiseLatent",
+    "RaiseSoftmax",
     "pass_named",
     "registry",
     "run",

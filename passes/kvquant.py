@@ -7,7 +7,7 @@ import torch
 
 from regraft.kernels.kvquant.reference import BITS, CODEBOOKS
 from regraft.passes.base import Context, Pass, PassResult
-from regraft.program import CacheSpec, LayerState, Program, RegraftError
+from regraft.program import LayerState, Program, RegraftError
 
 
 @dataclass(frozen=True)
@@ -49,5 +49,5 @@ class KVQuant(Pass):
                 return PassResult(0, ((node.name, f"value size {size} is not a multiple of 8"),))
         settings = tuple(self.settings().items())
         state = replace(LayerState(), format="kvquant", settings=settings)
-        program.cache = CacheSpec((state,) * raised)
+        program.cache = replace(program.cache, layers=(state,) * raised)
         return PassResult(raised)

@@ -17,6 +17,8 @@ aten = torch.ops.aten
 BOUNDARIES = (
     torch.ops.regraft.cached_attention.default,
     torch.ops.regraft.attention.default,
+    torch.ops.regraft.kv_update.default,
+    torch.ops.regraft.module.default,
     aten.scaled_dot_product_attention.default,
 )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -64,15 +63,22 @@ def compile(
         program = capture(model)
         context = Context(calibration or ())
         report = run(program, steps, context, required=asked, dump_dir=dump_dir)
-        if key:
+        if key and "modules" not in program.metadata:
             store(entry, program, report)
     else:
         program, report = kept
     kind = type(type(model).__name__, (Compiled,), {})
     compiled = kind(program, report, model)
-    if target != "reference" and os.environ.get("REGRAFT_INDUCTOR") != "0":
+    if target != "reference":
         compile_regions(program, compiled.regions, cache_dir() / "regions")
     return compiled
+
+
+def load(folder: str | Path) -> Compiled:
+    """The compiled model that ``Compiled.save`` wrote; RegraftError where it is damaged."""
+    from regraft.runtime.artefact import load
+
+    return load(folder)
 
 
 def read_recipe(path: str | Path) -> list[Pass]:

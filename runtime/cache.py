@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from regraft.kernels.attention.reference import attention
 from regraft.kernels.kvquant.reference import codebook, look_up, pack, quantize, word_table
 from regraft.kernels.rotary.reference import rotate
 from regraft.runtime.buffer import Buffer, RotationTable, check_length
+from regraft.runtime.recurrent import RecurrentStates
 
 VALUE_STEP = 8
 
@@ -48,6 +50,18 @@ class DenseLayer:
         """Add rotated keys [B, Hkv, S, D] and values [B, Hkv, S, Dv]."""
         self._key.append(k)
         self._value.append(v)
+
+    def update(self, kind: int, x: Tensor) -> Tensor:
+        """Append to the keys (kind 0) or the values (kind 1); all of them [B, Hkv, T, *]."""
+        buffer = self._value if kind else self._key
+        buffer.append(x)
+        return buffer.view
+
+    def read(
+        self, kind: int, table: RotationTable | None, interleaved: bool = False, offset: int = 0
+    ) -> Tensor:
+        """The rotated keys (kind 0) or the values (kind 1) [B, Hkv, T, *]."""
+        return self.value if kind else self.key
 
     def attend(
         self,
@@ -181,6 +195,13 @@ class QuantizedLayer:
 
     step = append_and_attend
 
+    def read(
+        self, kind: int, table: RotationTable | None, interleaved: bool = False, offset: int = 0
+    ) -> Tensor:
+        """The rotated keys (kind 0) or the values (kind 1) [B, Hkv, T, *], decoded."""
+        x = self._read(self._tails[0].view.dtype)[kind]
+        return x if kind else _rotate_last(x, table, x.shape[2], interleaved, offset)
+
     def truncate(self, length: int) -> None:
         """Keep the first length tokens; only exact tokens can be cut, or all of them."""
         check_length(length, self.length)
@@ -266,28 +287,37 @@ class QuantizedLayer:
 
 
 class CacheState:
-    """The layers and rotation tables of one generation, advanced together."""
+    """The layers, rotation tables and recurrent states of one generation, advanced together."""
 
     def __init__(
         self,
         layers: list[DenseLayer | QuantizedLayer],
         tables: list[RotationTable] | None = None,
+        states: RecurrentStates | None = None,
     ) -> None:
         self.layers = layers
         self.tables = [] if tables is None else tables
+        self.states = states
+
+    @property
+    def parts(self) -> list[Any]:
+        """Everything that is truncated, reordered and reset together."""
+        return [*self.layers, *self.tables, *([] if self.states is None else [self.states])]
 
     @property
     def length(self) -> int:
-        return self.layers[0].length if self.layers else 0
+        return self.parts[0].length if self.layers or self.states else 0
 
     @property
     def batch(self) -> int:
         """Sequences in the cache."""
-        return max((layer.batch for layer in self.layers), default=0)
+        if not self.layers:
+            return 0 if self.states is None else self.states.batch
+        return max(layer.batch for layer in self.layers)
 
     @property
     def nbytes(self) -> int:
-        return sum(part.nbytes for part in (*self.layers, *self.tables))
+        return sum(part.nbytes for part in self.parts)
 
     def truncate(self, length: int) -> None:
         """Keep the first length tokens everywhere, or change nothing and raise ValueError."""
@@ -298,16 +328,18 @@ class CacheState:
                 f"truncate to at least {floor}, or to 0"
             )
         check_length(length, self.length)
-        for part in (*self.layers, *self.tables):
+        if self.states is not None:
+            self.states.check(length)
+        for part in self.parts:
             part.truncate(length)
 
     def reorder(self, index: Tensor) -> None:
         """Replace batch row i by row index[i]; index [new B]."""
-        for part in (*self.layers, *self.tables):
+        for part in self.parts:
             part.reorder(index)
 
     def reset(self) -> None:
-        for part in (*self.layers, *self.tables):
+        for part in self.parts:
             part.reset()
 
 

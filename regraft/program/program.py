@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,23 +32,41 @@ class LayerState:
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """One state a layer that caches keys and values, in layer order."""
+    """``layers``: one entry a layer that caches keys and values, in layer order. ``states``:
+    tensors of constant size that each step replaces (convolutions, recurrences), zero before the
+    first token; the last ``rollback`` steps can be taken back."""
 
     layers: tuple[LayerState, ...] = ()
+    states: tuple[TensorSpec, ...] = ()
+    rollback: int = 8
 
 
 @dataclass
 class Program:
+    """A step: tokens and past states in, logits and present states out.
+
+    tokens: the most tokens that a call takes, None for any number. prefill: the same step over
+    2 to ``prefill.tokens`` tokens, for models that compute one token by other code; its inputs
+    and outputs are those of the program.
+    """
+
     graph_module: fx.GraphModule
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     cache: CacheSpec = CacheSpec()
     examples: tuple[torch.Tensor, ...] = ()
     metadata: dict[str, Any] = field(default_factory=dict)
+    tokens: int | None = None
+    prefill: Program | None = None
 
     @property
     def graph(self) -> fx.Graph:
         return self.graph_module.graph
+
+    @property
+    def parts(self) -> tuple[Program, ...]:
+        """The program and its prefill, if it has one: what a pass applies to."""
+        return (self,) if self.prefill is None else (self, self.prefill)
 
     def __call__(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Run the functional graph: past states in, present states out."""
@@ -66,9 +84,8 @@ class Program:
         output = copied.graph_copy(self.graph, {})
         copied.output(output)
         module = fx.GraphModule(self.graph_module, copied)
-        return Program(
-            module, self.inputs, self.outputs, self.cache, self.examples, dict(self.metadata)
-        )
+        prefill = None if self.prefill is None else self.prefill.copy()
+        return replace(self, graph_module=module, metadata=dict(self.metadata), prefill=prefill)
 
     def verify(self) -> None:
         """Raise when the graph is malformed or no longer carries its signature."""

@@ -19,8 +19,9 @@ from regraft.program.errors import RegraftError
 from regraft.program.program import CacheSpec, LayerState, Program, TensorSpec, source_of, spec_of
 from regraft.program.report import Report, Row
 
+PREFILL = "prefill/"
 NAMESPACES = ("aten", "prims", "mkldnn", "regraft")
-FORBIDDEN = ("aten.from_file",)
+FORBIDDEN = ("aten.from_file", "regraft.module")
 FUNCTIONS: dict[str, Callable] = {
     f"{module.__name__.lstrip('_')}.{name}": getattr(module, name)
     for module, names in (
@@ -50,7 +51,7 @@ def graph_to_json(module: fx.GraphModule) -> dict[str, Any]:
         if "nn_module_stack" in node.meta or "source" in node.meta:
             item["source"] = source_of(node)
         if node.op == "call_module":
-            modules[node.target] = graph_to_json(module.get_submodule(node.target))
+            modules[node.target] = graph_to_json(submodule(module, node.target))
         nodes.append(item)
     return {"nodes": nodes, "modules": modules}
 
@@ -92,22 +93,50 @@ def _graph_from_json(data: dict[str, Any], tensors: Mapping[str, Tensor]) -> fx.
 
 
 def program_to_json(program: Program) -> dict[str, Any]:
+    cache = program.cache
     return {
         "graph": graph_to_json(program.graph_module),
         "inputs": [_spec_to_json(spec) for spec in program.inputs],
         "outputs": [_spec_to_json(spec) for spec in program.outputs],
-        "cache": [_encode(asdict(layer)) for layer in program.cache.layers],
+        "cache": [_encode(asdict(layer)) for layer in cache.layers],
+        "states": [_spec_to_json(spec) for spec in cache.states],
+        "rollback": cache.rollback,
+        "tokens": program.tokens,
+        "prefill": None if program.prefill is None else program_to_json(program.prefill),
     }
 
 
 def program_from_json(data: dict[str, Any], tensors: Mapping[str, Tensor]) -> Program:
-    """The program, without the sample inputs that its passes were checked with."""
-    graph = graph_from_json(data["graph"], tensors)
-    layers = tuple(LayerState(**_decode(layer, {})) for layer in data["cache"])
-    specs = [tuple(map(_spec_from_json, data[side])) for side in ("inputs", "outputs")]
-    program = Program(graph, specs[0], specs[1], CacheSpec(layers))
+    """The program, without the sample inputs that its passes were checked with.
+
+    tensors: as ``program_tensors`` names them. RegraftError on damage.
+    """
+    mine = {name: t for name, t in tensors.items() if not name.startswith(PREFILL)}
+    rest = {name.removeprefix(PREFILL): t for name, t in tensors.items() if name not in mine}
+    graph = graph_from_json(data["graph"], mine)
+    cache = CacheSpec(
+        tuple(LayerState(**_decode(layer, {})) for layer in data["cache"]),
+        tuple(map(_spec_from_json, data["states"])),
+        data["rollback"],
+    )
+    program = Program(
+        graph,
+        tuple(map(_spec_from_json, data["inputs"])),
+        tuple(map(_spec_from_json, data["outputs"])),
+        cache,
+        tokens=data["tokens"],
+        prefill=program_from_json(data["prefill"], rest) if data["prefill"] else None,
+    )
     program.verify()
     return program
+
+
+def program_tensors(program: Program) -> dict[str, Tensor]:
+    """Every tensor of the program by name; those of its prefill begin with "prefill/"."""
+    found = tensors_of(program.graph_module)
+    if program.prefill is not None:
+        found |= {PREFILL + k: t for k, t in program_tensors(program.prefill).items()}
+    return found
 
 
 def report_to_json(report: Report) -> list[dict[str, Any]]:
@@ -116,6 +145,13 @@ def report_to_json(report: Report) -> list[dict[str, Any]]:
 
 def report_from_json(data: list[dict[str, Any]]) -> Report:
     return Report([Row(**{**row, "skipped": tuple(map(tuple, row["skipped"]))}) for row in data])
+
+
+def submodule(module: fx.GraphModule, name: Any) -> fx.GraphModule:
+    """The graph that a ``call_module`` node calls."""
+    found = module.get_submodule(str(name))
+    assert isinstance(found, fx.GraphModule)
+    return found
 
 
 def tensors_of(module: fx.GraphModule) -> dict[str, Tensor]:
@@ -137,6 +173,11 @@ def _spec_from_json(data: dict[str, Any]) -> TensorSpec:
 def _target_name(node: fx.Node) -> str:
     if node.op != "call_function":
         return str(node.target)
+    if node.target is torch.ops.regraft.module.default:
+        raise RegraftError(
+            f"{source_of(node)} stays Python, since its control flow depends on data: such a "
+            "program cannot be saved"
+        )
     if isinstance(node.target, torch._ops.OpOverload):
         return str(node.target)
     if node.target not in _NAMES:
