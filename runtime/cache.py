@@ -199,8 +199,9 @@ class QuantizedLayer:
         self, kind: int, table: RotationTable | None, interleaved: bool = False, offset: int = 0
     ) -> Tensor:
         """The rotated keys (kind 0) or the values (kind 1) [B, Hkv, T, *], decoded."""
-        x = self._read(self._tails[0].view.dtype)[kind]
-        return x if kind else _rotate_last(x, table, x.shape[2], interleaved, offset)
+        turn = partial(_rotate, table=table, interleaved=interleaved, offset=offset)
+        exact = self._sinks[0] if self._sinks[0].length else self._tails[0]
+        return self._read(exact.view.dtype, turn)[kind]
 
     def truncate(self, length: int) -> None:
         """Keep the first length tokens; only exact tokens can be cut, or all of them."""
