@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
+from regraft.frontends.provenance import module_paths, name_sources
 from regraft.program import RegraftError, TensorSpec
 
 
@@ -33,9 +34,9 @@ def trace(
     ]
     name = type(step.model).__name__
     try:
-        with mode:
+        with mode, module_paths(step.model):
             module = make_fx(
-                step, pre_dispatch=True, record_module_stack=True, _allow_non_fake_inputs=True
+                step, pre_dispatch=True, record_stack_traces=True, _allow_non_fake_inputs=True
             )(*fakes)
     except Exception as error:
         raise RegraftError(
@@ -47,6 +48,7 @@ def trace(
     }
     if fixed:
         raise RegraftError(f"{name} fixes dynamic sizes: {fixed}")
+    name_sources(module.graph)
     return module, _name_constants(module, step.model), fakes
 
 

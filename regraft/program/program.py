@@ -105,20 +105,42 @@ class Program:
             )
 
     def text(self) -> str:
-        """One line a node: name, operator, arguments, dtype and shape."""
-        lines = []
-        for node in self.graph.nodes:
-            spec = spec_of(node)
-            shape = f" : {spec[0]} [{', '.join(map(str, spec[1]))}]" if spec else ""
-            arguments = ", ".join(map(str, node.args)) if node.op != "placeholder" else ""
-            lines.append(f"{node.name} = {node.target}({arguments}){shape}")
-        return "\n".join(lines)
+        """One line a node: name, operator, arguments, dtype and shape, and where it comes from.
+
+        Graphs that are called follow, each once, indented.
+        """
+        return "\n".join(_lines(self.graph_module))
 
     def diff(self, other: Program) -> str:
         """Unified diff of the two printed graphs."""
         return "\n".join(
             difflib.unified_diff(self.text().split("\n"), other.text().split("\n"), lineterm="")
         )
+
+    def diff_markdown(self, other: Program, title: str = "Program") -> str:
+        """The diff as a Markdown section: what changed in numbers, then the lines."""
+        lines = self.diff(other).split("\n")[2:]
+        gone, new = (sum(line.startswith(sign) for line in lines) for sign in "-+")
+        counts = f"{len(self.graph.nodes)} -> {len(other.graph.nodes)} nodes, lines -{gone} +{new}"
+        block = "\n".join(["", "```diff", *lines, "```"]) if gone or new else ""
+        return f"## {title}\n\n{counts}\n{block}"
+
+
+def _lines(module: fx.GraphModule) -> list[str]:
+    lines, called = [], {}
+    for node in module.graph.nodes:
+        spec = spec_of(node)
+        shape = f" : {spec[0]} [{', '.join(map(str, spec[1]))}]" if spec else ""
+        arguments = ", ".join(map(str, node.args)) if node.op != "placeholder" else ""
+        source = source_of(node)
+        place = f"  # {source}" if source != node.name else ""
+        lines.append(f"{node.name} = {node.target}({arguments}){shape}{place}")
+        if node.op == "call_module":
+            called[str(node.target)] = module.get_submodule(str(node.target))
+    for name, inner in called.items():
+        if isinstance(inner, fx.GraphModule):
+            lines += ["", f"{name}:", *(f"    {line}" for line in _lines(inner))]
+    return lines
 
 
 def spec_of(node: fx.Node) -> tuple[torch.dtype, tuple[int | str, ...]] | None:
@@ -130,7 +152,7 @@ def spec_of(node: fx.Node) -> tuple[torch.dtype, tuple[int | str, ...]] | None:
 
 
 def source_of(node: fx.Node) -> str:
-    """The module path a node was captured from, for messages."""
+    """The module path and line of source that a node was captured from, for messages."""
     if "source" in node.meta:
         return node.meta["source"]
     stack = node.meta.get("nn_module_stack")
