@@ -32,7 +32,12 @@ def _attention(module, q, k, v, attention_mask=None, scaling=None, dropout=0.0, 
     mask, bias = attention_mask, kwargs.get("position_bias")
     if bias is not None:
         mask = bias if mask is None else torch.where(mask, bias, float("-inf"))
-    out = torch.ops.regraft.attention(q, k, v, mask, sinks, float(scale), float(softcap))
+    causal = kwargs.get("is_causal")
+    if causal is None:
+        causal = getattr(module, "is_causal", True)
+    out = torch.ops.regraft.attention(
+        q, k, v, mask, sinks, float(scale), float(softcap), causal=bool(causal) or mask is not None
+    )
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -146,15 +151,16 @@ def _state_shapes(model: PreTrainedModel) -> list[tuple[Tensor, Tensor]]:
 
 
 @contextmanager
-def _registered(model: PreTrainedModel):
-    """Run the model with our attention; give its own back afterwards."""
+def registered(model: PreTrainedModel):
+    """Run the model with our attention, where it takes one; give its own back afterwards."""
     configs = [m.config for m in model.modules() if isinstance(m, PreTrainedModel)]
     before = [config._attn_implementation for config in configs]
     experts = model.get_experts_implementation()
     was_training = model.training
     model.eval()
     try:
-        model.set_attn_implementation("regraft")
+        if model._can_set_attn_implementation():
+            model.set_attn_implementation("regraft")
         if experts:
             model.set_experts_implementation("batched_mm")
         yield
@@ -184,7 +190,7 @@ def capture(model: PreTrainedModel) -> Program:
     past_key_values.{i}.key and .value [batch_size, heads, past_sequence_length, head_dim].
     Outputs: logits [batch_size, kept, vocab] and present.{i}.key and .value.
     """
-    with torch.no_grad(), _registered(model):
+    with torch.no_grad(), registered(model):
         shapes = _state_shapes(model)
         inputs, examples, dynamic = _signature(model, shapes)
         mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)

@@ -5,12 +5,17 @@ from regraft.passes.clean_up import CleanUp
 from regraft.passes.fuse_linear import FuseLinear
 from regraft.passes.kvquant import KVQuant
 from regraft.passes.raise_attention import RaiseAttention
+from regraft.passes.raise_sdpa import RaiseSdpa
 
 DEFAULT: tuple[Pass, ...] = (CleanUp(), RaiseAttention(), FuseLinear())
 """What every compiled model gets before the passes that the user asked for."""
 
+STATELESS: tuple[Pass, ...] = (CleanUp(), RaiseSdpa(), FuseLinear())
+"""The same for programs that keep no cache."""
+
 __all__ = [
     "DEFAULT",
+    "STATELESS",
     "CleanUp",
     "Context",
     "FuseLinear",
@@ -18,6 +23,7 @@ __all__ = [
     "Pass",
     "PassResult",
     "RaiseAttention",
+    "RaiseSdpa",
     "pass_named",
     "registry",
     "run",

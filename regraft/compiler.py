@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
-from regraft.passes import DEFAULT, Context, Pass, pass_named, run
-from regraft.program import RegraftError
+from regraft.passes import DEFAULT, STATELESS, Context, Pass, pass_named, run
+from regraft.program import Program, RegraftError, Report
 from regraft.runtime.causal_lm import Compiled
+from regraft.runtime.module import CompiledModule
 
 
 def compile(
@@ -23,39 +25,74 @@ def compile(
     target: str = "cpu",
     recipe: str | Path | None = None,
     dump_dir: str | Path | None = None,
-) -> Compiled:
-    """Capture a Hugging Face causal language model, run the passes, return it compiled.
+) -> Any:
+    """Capture a model, run the passes, return it compiled.
 
+    model: a transformers model with a causal language head (the result generates), with another
+    head or none, or a torch module or exported program. A torch module needs example_inputs, a
+    tuple of positional or a dict of keyword inputs, and dynamic_shapes as torch.export takes it.
     passes run after the default ones, in the order given; each must match. recipe names a YAML
     file that lists passes. dump_dir gets the printed graph after each pass. The weights are the
     model's own tensors, fused projections excepted.
     """
-    from transformers import PreTrainedModel
-
-    from regraft.frontends.huggingface import capture
-
-    if not isinstance(model, PreTrainedModel):
-        raise RegraftError(
-            f"cannot compile a {type(model).__name__}: only transformers causal language models "
-            "are supported so far"
-        )
-    if example_inputs is not None or dynamic_shapes is not None:
-        raise RegraftError("example_inputs and dynamic_shapes: a causal language model needs none")
-    if target not in ("cpu", "cuda"):
-        raise RegraftError(f"unknown target {target!r}: 'cpu' or 'cuda'")
-    if model.device.type != target:
-        raise RegraftError(
-            f"the model is on {model.device}, the target is {target}: move the model"
-        )
+    _check_target(model, target)
     asked = [*(read_recipe(recipe) if recipe is not None else ()), *passes]
     for item in asked:
         if not isinstance(item, Pass):
             raise RegraftError(f"{item!r} is not a pass; `regraft passes` lists them")
-    program = capture(model)
-    context = Context(calibration or ())
-    report = run(program, [*DEFAULT, *asked], context, required=asked, dump_dir=dump_dir)
-    kind = type(type(model).__name__, (Compiled,), {})
-    return kind(program, report, model)
+
+    def transform(program: Program, default: Sequence[Pass]) -> Report:
+        context = Context(calibration or ())
+        return run(program, [*default, *asked], context, required=asked, dump_dir=dump_dir)
+
+    return _compiled(model, example_inputs, dynamic_shapes, transform)
+
+
+def _compiled(model: Any, example_inputs: Any, dynamic_shapes: Any, transform: Any) -> Any:
+    from transformers import PreTrainedModel
+
+    if isinstance(model, torch.export.ExportedProgram):
+        from regraft.frontends.module import from_exported
+
+        program = from_exported(model, dynamic_shapes)
+    elif isinstance(model, PreTrainedModel) and not model.can_generate():
+        from regraft.frontends.encoder import capture_encoder
+        from regraft.runtime.encoder import CompiledEncoder
+
+        program = capture_encoder(model, example_inputs, dynamic_shapes)
+        return CompiledEncoder(program, transform(program, STATELESS), model)
+    elif isinstance(model, PreTrainedModel):
+        from regraft.frontends.huggingface import capture
+
+        if example_inputs is not None or dynamic_shapes is not None:
+            raise RegraftError("example_inputs and dynamic_shapes: a language model needs none")
+        program = capture(model)
+        kind = type(type(model).__name__, (Compiled,), {})
+        return kind(program, transform(program, DEFAULT), model)
+    elif isinstance(model, torch.nn.Module):
+        from regraft.frontends.module import capture_module
+
+        if example_inputs is None:
+            raise RegraftError(
+                f"cannot compile a {type(model).__name__} without example_inputs: give a tuple of "
+                "positional inputs or a dict of keyword inputs"
+            )
+        program = capture_module(model, example_inputs, dynamic_shapes)
+    else:
+        raise RegraftError(
+            f"cannot compile a {type(model).__name__}: give a transformers model, a torch module "
+            "or an exported program"
+        )
+    return CompiledModule(program, transform(program, STATELESS))
+
+
+def _check_target(model: Any, target: str) -> None:
+    if target not in ("cpu", "cuda"):
+        raise RegraftError(f"unknown target {target!r}: 'cpu' or 'cuda'")
+    weights = model.parameters() if hasattr(model, "parameters") else ()
+    device = next((weight.device for weight in weights), torch.device(target))
+    if device.type != target:
+        raise RegraftError(f"the model is on {device}, the target is {target}: move the model")
 
 
 def read_recipe(path: str | Path) -> list[Pass]:

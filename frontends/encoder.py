@@ -1,0 +1,73 @@
+"""Hugging Face models without generation (encoders and their heads) to a Program."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import Dim
+from transformers import PreTrainedModel
+
+from regraft.frontends.huggingface import registered
+from regraft.frontends.module import capture_module
+from regraft.program import Program, RegraftError
+
+BATCH, LENGTH = 2, 11
+TEXT = ("input_ids", "attention_mask", "token_type_ids")
+
+
+def capture_encoder(
+    model: PreTrainedModel, example_inputs: Any = None, dynamic_shapes: Any = None
+) -> Program:
+    """Program of one call, attention by our operator; outputs in the model's own ModelOutput.
+
+    Without example_inputs: input_ids, attention_mask and token_type_ids [batch_size,
+    sequence_length] as far as forward takes them, or pixel_values [batch_size, channels, height,
+    width] of the configured size.
+    """
+    names = None
+    if example_inputs is None:
+        example_inputs, names = _examples(model)
+        dynamic_shapes = {name: dict.fromkeys(dims, Dim.DYNAMIC) for name, dims in names.items()}
+        accepted = inspect.signature(model.forward).parameters
+        fixed = {"use_cache": False} if "use_cache" in accepted else {}
+        example_inputs |= fixed
+        dynamic_shapes |= dict.fromkeys(fixed)
+        names |= dict.fromkeys(fixed, {})
+    with registered(model):
+        return capture_module(model, example_inputs, dynamic_shapes, names)
+
+
+def _examples(model: PreTrainedModel) -> tuple[dict[str, Any], dict[str, dict[int, str]]]:
+    accepted = inspect.signature(model.forward).parameters
+    config = model.config
+    if model.main_input_name == "input_ids" and not config.is_encoder_decoder:
+        examples = {name: _text(model, name) for name in accepted if name in TEXT}
+        return examples, {name: {0: "batch_size", 1: "sequence_length"} for name in examples}
+    size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", None)
+    if model.main_input_name == "pixel_values" and size and channels:
+        height, width = (size, size) if isinstance(size, int) else size
+        image = torch.randn(BATCH, channels, height, width, generator=torch.Generator())
+        pixels = image.to(device=model.device, dtype=model.dtype)
+        return {"pixel_values": pixels}, {"pixel_values": {0: "batch_size"}}
+    raise RegraftError(
+        f"{type(model).__name__} takes {model.main_input_name}: give example_inputs (a dict of its "
+        "keyword inputs) and dynamic_shapes"
+    )
+
+
+def _text(model: PreTrainedModel, name: str) -> Tensor:
+    """Two sequences, the second padded by three tokens."""
+    vocabulary = model.config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, max(4, vocabulary), (BATCH, LENGTH), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, -3:] = 0
+    if name == "input_ids":
+        padding = getattr(model.config, "pad_token_id", None)
+        value = ids.masked_fill(mask == 0, padding if padding is not None else 0)
+    else:
+        value = mask if name == "attention_mask" else torch.zeros_like(ids)
+    return value.to(model.device)
