@@ -19,43 +19,49 @@ TEXT = ("input_ids", "attention_mask", "token_type_ids")
 
 
 def capture_encoder(
-    model: PreTrainedModel, example_inputs: Any = None, dynamic_shapes: Any = None
+    model: PreTrainedModel, inputs: Any = None, dynamic_shapes: Any = None
 ) -> Program:
     """Program of one call, attention by our operator; outputs in the model's own ModelOutput.
 
-    Without example_inputs: input_ids, attention_mask and token_type_ids [batch_size,
+    Without inputs: input_ids, attention_mask and token_type_ids [batch_size,
     sequence_length] as far as forward takes them, or pixel_values [batch_size, channels, height,
     width] of the configured size.
     """
     names = None
-    if example_inputs is None:
-        example_inputs, names = _examples(model)
+    if inputs is None:
+        inputs, names = example_inputs(model, type(model).__name__)
         dynamic_shapes = {name: dict.fromkeys(dims, Dim.DYNAMIC) for name, dims in names.items()}
         accepted = inspect.signature(model.forward).parameters
         fixed = {"use_cache": False} if "use_cache" in accepted else {}
-        example_inputs |= fixed
+        inputs |= fixed
         dynamic_shapes |= dict.fromkeys(fixed)
         names |= dict.fromkeys(fixed, {})
     with registered(model):
-        return capture_module(model, example_inputs, dynamic_shapes, names)
+        return capture_module(model, inputs, dynamic_shapes, names)
 
 
-def _examples(model: PreTrainedModel) -> tuple[dict[str, Any], dict[str, dict[int, str]]]:
+def example_inputs(
+    model: PreTrainedModel, name: str
+) -> tuple[dict[str, Any], dict[str, dict[int, str]]]:
+    """Keyword inputs that the configuration describes, and the names of their dynamic sizes."""
     accepted = inspect.signature(model.forward).parameters
-    config = model.config
-    if model.main_input_name == "input_ids" and not config.is_encoder_decoder:
+    config, main = model.config, model.main_input_name
+    if main == "input_ids" and not any(n.startswith("decoder_") for n in accepted):
         examples = {name: _text(model, name) for name in accepted if name in TEXT}
         return examples, {name: {0: "batch_size", 1: "sequence_length"} for name in examples}
     size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", None)
-    if model.main_input_name == "pixel_values" and size and channels:
-        height, width = (size, size) if isinstance(size, int) else size
-        image = torch.randn(BATCH, channels, height, width, generator=torch.Generator())
-        pixels = image.to(device=model.device, dtype=model.dtype)
-        return {"pixel_values": pixels}, {"pixel_values": {0: "batch_size"}}
-    raise RegraftError(
-        f"{type(model).__name__} takes {model.main_input_name}: give example_inputs (a dict of its "
-        "keyword inputs) and dynamic_shapes"
-    )
+    shape: tuple[int, ...] | None = None
+    if main == "pixel_values" and size and channels:
+        shape = (channels, *((size, size) if isinstance(size, int) else size))
+    elif main == "input_features" and hasattr(config, "max_source_positions"):
+        shape = (config.num_mel_bins, 2 * config.max_source_positions)
+    if shape is None:
+        raise RegraftError(
+            f"{name} takes {main}: give example_inputs (a dict of its keyword inputs) and "
+            "dynamic_shapes"
+        )
+    value = torch.randn(BATCH, *shape, generator=torch.Generator().manual_seed(0))
+    return {main: value.to(device=model.device, dtype=model.dtype)}, {main: {0: "batch_size"}}
 
 
 def _text(model: PreTrainedModel, name: str) -> Tensor:

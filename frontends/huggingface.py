@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -41,7 +42,7 @@ def _attention(module, q, k, v, attention_mask=None, scaling=None, dropout=0.0, 
     return out.transpose(1, 2).contiguous(), None
 
 
-def _trial(mode: FakeTensorMode | None):
+def _trial(mode: Any):
     """Forget the sizes that a failed evaluation on fake tensors leaves behind."""
     if mode is None or mode.shape_env is None:
         return nullcontext()
@@ -82,7 +83,7 @@ AttentionInterface.register("regraft", _attention)
 AttentionMaskInterface.register("regraft", _mask)
 
 
-class _CapturedLayer(DynamicLayer):
+class CapturedLayer(DynamicLayer):
     """A cache layer that leaves one ``regraft::kv_update`` for keys and one for values."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
@@ -106,7 +107,7 @@ class _Step(torch.nn.Module):
         self.keeps, self.places = "logits_to_keep" in accepted, "position_ids" in accepted
 
     def forward(self, input_ids, attention_mask, position_ids, logits_to_keep, *past):
-        layers = [_CapturedLayer(k, v) for k, v in zip(past[::2], past[1::2], strict=True)]
+        layers = [CapturedLayer(k, v) for k, v in zip(past[::2], past[1::2], strict=True)]
         extra = {"logits_to_keep": logits_to_keep} if self.keeps else {}
         if self.places:
             extra["position_ids"] = position_ids
@@ -159,15 +160,16 @@ def registered(model: PreTrainedModel):
     was_training = model.training
     model.eval()
     try:
-        if model._can_set_attn_implementation():
-            model.set_attn_implementation("regraft")
-        if experts:
-            model.set_experts_implementation("batched_mm")
+        try:
+            if model._can_set_attn_implementation():
+                model.set_attn_implementation("regraft")
+            if experts:
+                model.set_experts_implementation("batched_mm")
+        except ValueError as error:
+            raise RegraftError(
+                f"{type(model).__name__} cannot use registered attention: {error}"
+            ) from error
         yield
-    except ValueError as error:
-        raise RegraftError(
-            f"{type(model).__name__} cannot use registered attention: {error}"
-        ) from error
     finally:
         model.train(was_training)
         if experts:

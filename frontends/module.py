@@ -27,14 +27,19 @@ higher = torch.ops.higher_order
 
 
 def capture_module(
-    module: nn.Module, example_inputs: Any, dynamic_shapes: Any = None, names: Any = None
+    module: nn.Module,
+    example_inputs: Any,
+    dynamic_shapes: Any = None,
+    names: Any = None,
+    strip: str = "",
 ) -> Program:
     """Program of one call of the module in evaluation mode.
 
     example_inputs: a tuple of positional inputs or a dict of keyword inputs; dynamic_shapes as
     torch.export takes them. Inputs carry the names of forward's arguments; inputs that are no
     tensors are constants. names (default: dynamic_shapes) holds the names of dynamic sizes. The
-    weights are the module's own tensors, under its own names with underscores for dots.
+    weights are the module's own tensors, under its own names (less the prefix ``strip``) with
+    underscores for dots.
     """
     args, kwargs = _arguments(example_inputs)
     was_training = {m: m.training for m in module.modules()}
@@ -52,12 +57,14 @@ def capture_module(
         torch.backends.mha.set_fastpath_enabled(fast)
         for part, training in was_training.items():
             part.training = training
-    program = from_exported(exported, dynamic_shapes if names is None else names)
+    program = from_exported(exported, dynamic_shapes if names is None else names, strip)
     program.metadata["forward"] = list(inspect.signature(module.forward).parameters)
     return program
 
 
-def from_exported(exported: torch.export.ExportedProgram, names: Any = None) -> Program:
+def from_exported(
+    exported: torch.export.ExportedProgram, names: Any = None, strip: str = ""
+) -> Program:
     """Program of an exported program.
 
     names, of the structure of dynamic_shapes, holds a Dim or a string for each dynamic size.
@@ -84,7 +91,7 @@ def from_exported(exported: torch.export.ExportedProgram, names: Any = None) -> 
             constants[index] = env[node] = spec.arg.value
     for node, spec in zip(placeholders, signature.input_specs, strict=True):
         if spec.kind in WEIGHTS:
-            name = _attribute(spec.target, attributes)
+            name = _attribute(spec.target.removeprefix(strip), attributes)
             attributes[name] = (
                 exported.state_dict[spec.target]
                 if spec.target in exported.state_dict
@@ -95,6 +102,7 @@ def from_exported(exported: torch.export.ExportedProgram, names: Any = None) -> 
     results = _inline(exported.graph_module, graph, attributes, env)
     tensors = [r for r in results if isinstance(r, fx.Node)]
     graph.output(tuple(tensors))
+    graph.eliminate_dead_code()
     sizes = _Sizes(paths, call.in_spec, names)
     given = [(i, node) for i, (node, _) in enumerate(users) if i not in constants]
     inputs = [sizes.spec(paths[i], node.meta["val"], i) for i, node in given]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,8 @@ def compile(
         if not isinstance(item, Pass):
             raise RegraftError(f"{item!r} is not a pass; `regraft passes` lists them")
 
-    def transform(program: Program, default: Sequence[Pass]) -> Report:
-        context = Context(calibration or ())
-        return run(program, [*default, *asked], context, required=asked, dump_dir=dump_dir)
+    def transform(*parts: tuple[str, Program, Sequence[Pass]]) -> Report:
+        return _transform(parts, asked, Context(calibration or ()), dump_dir)
 
     return _compiled(model, example_inputs, dynamic_shapes, transform)
 
@@ -60,15 +60,11 @@ def _compiled(model: Any, example_inputs: Any, dynamic_shapes: Any, transform: A
         from regraft.runtime.encoder import CompiledEncoder
 
         program = capture_encoder(model, example_inputs, dynamic_shapes)
-        return CompiledEncoder(program, transform(program, STATELESS), model)
+        return CompiledEncoder(program, transform(("", program, STATELESS)), model)
     elif isinstance(model, PreTrainedModel):
-        from regraft.frontends.huggingface import capture
-
         if example_inputs is not None or dynamic_shapes is not None:
             raise RegraftError("example_inputs and dynamic_shapes: a language model needs none")
-        program = capture(model)
-        kind = type(type(model).__name__, (Compiled,), {})
-        return kind(program, transform(program, DEFAULT), model)
+        return _compiled_generator(model, transform)
     elif isinstance(model, torch.nn.Module):
         from regraft.frontends.module import capture_module
 
@@ -83,7 +79,51 @@ def _compiled(model: Any, example_inputs: Any, dynamic_shapes: Any, transform: A
             f"cannot compile a {type(model).__name__}: give a transformers model, a torch module "
             "or an exported program"
         )
-    return CompiledModule(program, transform(program, STATELESS))
+    return CompiledModule(program, transform(("", program, STATELESS)))
+
+
+def _compiled_generator(model: Any, transform: Any) -> Any:
+    """A causal language model or an encoder-decoder, with the model's own ``generate``."""
+    if not model.config.is_encoder_decoder:
+        from regraft.frontends.huggingface import capture
+
+        program = capture(model)
+        kind = type(type(model).__name__, (Compiled,), {})
+        return kind(program, transform(("", program, DEFAULT)), model)
+    from regraft.frontends.seq2seq import capture_seq2seq
+    from regraft.runtime.seq2seq import CompiledSeq2Seq, generation_class
+
+    encoder, cross, step = capture_seq2seq(model)
+    report = transform(
+        ("encoder", encoder, STATELESS), ("cross", cross, STATELESS), ("decoder", step, DEFAULT)
+    )
+    kind = type(type(model).__name__, (CompiledSeq2Seq, generation_class(model)), {})
+    return kind(encoder, cross, step, report, model)
+
+
+def _transform(
+    parts: Sequence[tuple[str, Program, Sequence[Pass]]],
+    asked: Sequence[Pass],
+    context: Context,
+    dump_dir: str | Path | None,
+) -> Report:
+    """Run the passes over each part; an asked-for pass must match in one of them."""
+    report = Report()
+    matches = [0] * len(asked)
+    for name, program, default in parts:
+        folder = Path(dump_dir) / name if dump_dir is not None else None
+        required = asked if len(parts) == 1 else ()
+        done = run(program, [*default, *asked], context, required=required, dump_dir=folder).rows
+        for index, row in enumerate(done[len(default) :]):
+            matches[index] += row.matches
+        report.rows += [replace(r, name=f"{r.name} ({name})" if name else r.name) for r in done]
+    for item, found in zip(asked, matches, strict=True):
+        if not found:
+            name = type(item).__name__
+            rows = [row for row in report.rows if row.name.startswith(f"{name} (")]
+            reasons = "; ".join(f"{where}: {why}" for row in rows for where, why in row.skipped[:1])
+            raise RegraftError(f"{name} matched nothing. {reasons or 'No candidate in the graph.'}")
+    return report
 
 
 def _check_target(model: Any, target: str) -> None:

@@ -18,7 +18,11 @@ def lower(program: Program) -> fx.GraphModule:
     """forward(input_ids, attention_mask, position_ids, logits_to_keep, cache) -> logits."""
     lowered = program.copy()
     graph = lowered.graph
-    left = graph.find_nodes(op="call_function", target=regraft.attention.default)
+    left = [
+        node
+        for node in graph.find_nodes(op="call_function", target=regraft.attention.default)
+        if node.args[1].target == regraft.kv_update.default
+    ]
     if left:
         raise RegraftError(
             f"attention at {source_of(left[0])} was not raised, so its cache cannot be kept in "
