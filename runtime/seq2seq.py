@@ -89,6 +89,9 @@ class CompiledSeq2Seq(GenerationMixin):
         self.device, self.dtype = model.device, model.dtype
         self.main_input_name = model.main_input_name
         self.name_or_path = getattr(model, "name_or_path", "")
+        if generation_class(model) is not GenerationMixin:
+            with torch.device("meta"):  # what the model's own generate asks of its modules
+                setattr(self, model.base_model_prefix, type(model)(model.config).base_model)
         self._cross, self._step = lower_stateless(cross), lower(step)
         self._masked = any(spec.name == "encoder_attention_mask" for spec in step.inputs)
 
