@@ -32,7 +32,7 @@ def _attention(module, q, k, v, attention_mask=None, scaling=None, dropout=0.0, 
     sinks = kwargs.get("s_aux")
     mask, bias = attention_mask, kwargs.get("position_bias")
     if bias is not None:
-        mask = bias if mask is None else torch.where(mask, bias, float("-inf"))
+        mask = bias if mask is None else _biased(mask, bias)
     causal = kwargs.get("is_causal")
     if causal is None:
         causal = getattr(module, "is_causal", True)
@@ -40,6 +40,10 @@ def _attention(module, q, k, v, attention_mask=None, scaling=None, dropout=0.0, 
         q, k, v, mask, sinks, float(scale), float(softcap), causal=bool(causal) or mask is not None
     )
     return out.transpose(1, 2).contiguous(), None
+
+
+def _biased(mask: Tensor, bias: Tensor) -> Tensor:
+    return torch.where(mask, bias, float("-inf")) if mask.dtype == torch.bool else mask + bias
 
 
 def _trial(mode: Any):
@@ -178,6 +182,23 @@ def registered(model: PreTrainedModel):
             config._attn_implementation_internal = name
 
 
+@contextmanager
+def as_it_is(model: PreTrainedModel):
+    """The model in evaluation mode, with its own attention."""
+    was_training = model.training
+    try:
+        yield model.eval()
+    finally:
+        model.train(was_training)
+
+
+def close(wanted: Tensor, found: Tensor) -> bool:
+    """Equal up to 64 roundings of the largest output."""
+    limit = 64 * torch.finfo(wanted.dtype).eps if wanted.is_floating_point() else 0.0
+    scale = wanted.float().abs().max().item()
+    return bool((wanted.float() - found.float()).abs().max().item() <= limit * max(scale, 1e-6))
+
+
 def _fake(mode: FakeTensorMode, tensor: Tensor, dynamic: tuple[int, ...], name: str) -> Tensor:
     sizes = [DimDynamic.DYNAMIC if i in dynamic else DimDynamic.STATIC for i in range(tensor.dim())]
     context = StatelessSymbolicContext(dynamic_sizes=sizes)
@@ -216,14 +237,17 @@ def capture(model: PreTrainedModel) -> Program:
     }
     if fixed:
         raise RegraftError(f"{type(model).__name__} fixes dynamic sizes: {fixed}")
-    _name_constants(module, step)
+    names = _name_constants(module, step)
     outputs = [TensorSpec("logits", ("batch_size", "kept", "vocab"), model.dtype, "logits")]
     for spec in inputs[4:]:
         name = spec.name.replace("past_key_values", "present")
         shape = (*spec.shape[:2], "total_sequence_length", spec.shape[3])
         outputs.append(TensorSpec(name, shape, spec.dtype, "cache"))
     layers = tuple(LayerState() for _ in shapes)
-    return Program(module, tuple(inputs), tuple(outputs), CacheSpec(layers), tuple(examples))
+    metadata = {"parameters": names}
+    return Program(
+        module, tuple(inputs), tuple(outputs), CacheSpec(layers), tuple(examples), metadata
+    )
 
 
 def _signature(model, shapes):
@@ -256,13 +280,16 @@ def _signature(model, shapes):
     return inputs, examples, dynamic
 
 
-def _name_constants(module: fx.GraphModule, step: torch.nn.Module) -> None:
-    """Give parameters and buffers the names that they have in the model."""
+def _name_constants(module: fx.GraphModule, step: torch.nn.Module) -> dict[str, str]:
+    """Give parameters and buffers the names that they have in the model: {attribute: name}."""
+    names = {}
     known = {id(t): n for n, t in [*step.model.named_buffers(), *step.model.named_parameters()]}
     for node in module.graph.find_nodes(op="get_attr"):
         value = getattr(module, node.target, None)
         if id(value) in known:
             name = known[id(value)].replace(".", "_")
+            names[name] = known[id(value)]
             setattr(module, name, value)
             node.target = name
     module.recompile()
+    return names

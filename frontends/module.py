@@ -31,17 +31,18 @@ def capture_module(
     example_inputs: Any,
     dynamic_shapes: Any = None,
     names: Any = None,
-    strip: str = "",
+    wraps: nn.Module | None = None,
 ) -> Program:
     """Program of one call of the module in evaluation mode.
 
     example_inputs: a tuple of positional inputs or a dict of keyword inputs; dynamic_shapes as
     torch.export takes them. Inputs carry the names of forward's arguments; inputs that are no
     tensors are constants. names (default: dynamic_shapes) holds the names of dynamic sizes. The
-    weights are the module's own tensors, under its own names (less the prefix ``strip``) with
-    underscores for dots.
+    weights are the module's own tensors, under its own names with underscores for dots. wraps:
+    the model that the module holds as ``model``; names and errors are then the model's.
     """
-    args, kwargs = _arguments(example_inputs)
+    args, kwargs = arguments(example_inputs)
+    shown = wraps or module
     was_training = {m: m.training for m in module.modules()}
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
@@ -52,12 +53,13 @@ def capture_module(
                 module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False
             )
     except Exception as error:
-        raise RegraftError(_explain(module, error)) from error
+        raise RegraftError(_explain(shown, error)) from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         for part, training in was_training.items():
             part.training = training
-    program = from_exported(exported, dynamic_shapes if names is None else names, strip)
+    given = dynamic_shapes if names is None else names
+    program = from_exported(exported, given, strip="model." if wraps else "")
     program.metadata["forward"] = list(inspect.signature(module.forward).parameters)
     return program
 
@@ -74,6 +76,7 @@ def from_exported(
     call = exported.module_call_graph[0].signature
     arguments, paths = _paths(call.in_spec, call.forward_arg_names)
     graph, attributes, env = fx.Graph(), {}, {}
+    parameters: dict[str, str] = {}
     placeholders = exported.graph.find_nodes(op="placeholder")
     users = [
         (node, spec)
@@ -92,6 +95,7 @@ def from_exported(
     for node, spec in zip(placeholders, signature.input_specs, strict=True):
         if spec.kind in WEIGHTS:
             name = _attribute(spec.target.removeprefix(strip), attributes)
+            parameters[name] = spec.target.removeprefix(strip)
             attributes[name] = (
                 exported.state_dict[spec.target]
                 if spec.target in exported.state_dict
@@ -119,6 +123,7 @@ def from_exported(
         "constants": constants,
         "in_spec": call.in_spec,
         "out_spec": call.out_spec,
+        "parameters": parameters,
         "results": [None if isinstance(r, fx.Node) else (r,) for r in results],
         "ranges": sizes.ranges(exported.range_constraints),
         "device": str(next((n.meta["val"].device for _, n in given), torch.device("cpu"))),
@@ -158,7 +163,8 @@ def _owner(node: fx.Node) -> fx.Node:
     return node
 
 
-def _arguments(example_inputs: Any) -> tuple[tuple, dict[str, Any]]:
+def arguments(example_inputs: Any) -> tuple[tuple, dict[str, Any]]:
+    """Positional and keyword inputs of an example."""
     if isinstance(example_inputs, Mapping):
         return (), dict(example_inputs)
     if isinstance(example_inputs, (tuple, list)):

@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from regraft.frontends.encoder import example_inputs
-from regraft.frontends.huggingface import CapturedLayer, registered
+from regraft.frontends.huggingface import CapturedLayer, as_it_is, close, registered
 from regraft.frontends.module import capture_module
 from regraft.program import CacheSpec, LayerState, Program, RegraftError
 
@@ -33,8 +33,26 @@ def capture_seq2seq(model: PreTrainedModel) -> tuple[Program, Program, Program]:
     with registered(model):
         encoder, hidden, mask = _capture_encoder(model)
         cross = _capture_cross(model, hidden)
-        states = cross(hidden)
-        return encoder, cross, _capture_step(model, hidden, mask, states)
+        step = _capture_step(model, hidden, mask, cross(hidden))
+    _check(model, encoder, cross, step)
+    return encoder, cross, step
+
+
+def _check(model: PreTrainedModel, encoder: Program, cross: Program, step: Program) -> None:
+    """Compare a first step of the three programs with the model, on their examples."""
+    inputs = dict(zip(encoder.metadata["arguments"], encoder.examples, strict=True))
+    ids, *_ = step.examples
+    with as_it_is(model), torch.no_grad():
+        expected = model(**inputs, decoder_input_ids=ids).logits
+    (hidden, *_) = encoder(*encoder.examples)
+    masks = [torch.ones_like(ids), hidden, *list(inputs.values())[1:]]
+    states = cross(hidden)
+    (logits, *_) = step(ids, *masks, *states, *(state[:, :, :0] for state in states))
+    if not close(expected, logits):
+        raise RegraftError(
+            f"the captured {type(model).__name__} differs from the model: a part of its attention "
+            "does not follow transformers' registry; please report it"
+        )
 
 
 def _capture_encoder(model: PreTrainedModel) -> tuple[Program, Tensor, Tensor | None]:
@@ -104,7 +122,7 @@ class _Step(nn.Module):
 
 def _capture_cross(model: PreTrainedModel, hidden: Tensor) -> Program:
     names = ({0: "batch_size", 1: "encoder_length"},)
-    program = capture_module(_Cross(model), (hidden,), _dynamic(names), names, strip="model.")
+    program = capture_module(_Cross(model), (hidden,), _dynamic(names), names, wraps=model)
     specs = zip(_pairs("cross", len(program.outputs) // 2), program.outputs, strict=True)
     program.outputs = tuple(replace(spec, name=name) for name, spec in specs)
     return program
@@ -132,7 +150,7 @@ def _capture_step(
         [{0: "batch_size", 2: "encoder_length"}] * len(cross),
         [{0: "batch_size", 2: "past_sequence_length"}] * len(past),
     )
-    program = capture_module(_Step(model), inputs, _dynamic(names), names, strip="model.")
+    program = capture_module(_Step(model), inputs, _dynamic(names), names, wraps=model)
     count = len(cross) // 2
     states = [*_pairs("cross", count), *_pairs("past_key_values", count)]
     first = len(program.inputs) - len(states)

@@ -4,6 +4,7 @@ from regraft.passes.base import Context, Pass, PassResult, pass_named, registry,
 from regraft.passes.clean_up import CleanUp
 from regraft.passes.fuse_linear import FuseLinear
 from regraft.passes.kvquant import KVQuant
+from regraft.passes.outline import OutlineLayers
 from regraft.passes.raise_attention import RaiseAttention
 from regraft.passes.raise_sdpa import RaiseSdpa
 
@@ -13,13 +14,18 @@ DEFAULT: tuple[Pass, ...] = (CleanUp(), RaiseAttention(), FuseLinear())
 STATELESS: tuple[Pass, ...] = (CleanUp(), RaiseSdpa(), FuseLinear())
 """The same for programs that keep no cache."""
 
+FINAL: tuple[Pass, ...] = (OutlineLayers(),)
+"""What follows those passes where regions are to be compiled."""
+
 __all__ = [
     "DEFAULT",
+    "FINAL",
     "STATELESS",
     "CleanUp",
     "Context",
     "FuseLinear",
     "KVQuant",
+    "OutlineLayers",
     "Pass",
     "PassResult",
     "RaiseAttention",

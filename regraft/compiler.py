@@ -2,18 +2,60 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-from regraft.passes import DEFAULT, STATELESS, Context, Pass, pass_named, run
+from regraft.passes import DEFAULT, FINAL, STATELESS, Context, Pass, pass_named, run
 from regraft.program import Program, RegraftError, Report
+from regraft.program.folders import cache_dir
 from regraft.runtime.causal_lm import Compiled
 from regraft.runtime.module import CompiledModule
+from regraft.runtime.program_cache import fetch, fingerprint, store
+from regraft.runtime.regions import compile_regions
+
+
+@dataclass(frozen=True)
+class _Pipeline:
+    """What happens to every captured program."""
+
+    asked: Sequence[Pass]
+    calibration: Sequence[Any]
+    target: str
+    dump_dir: str | Path | None
+
+    def steps(self, default: Sequence[Pass]) -> list[Pass]:
+        return [*default, *self.asked, *(() if self.target == "reference" else FINAL)]
+
+    def run(self, *parts: tuple[str, Program, Sequence[Pass]]) -> Report:
+        """Run the passes over each part; an asked-for pass must match in one of them."""
+        report = Report()
+        matches = [0] * len(self.asked)
+        for name, program, default in parts:
+            folder = Path(self.dump_dir) / name if self.dump_dir is not None else None
+            required = self.asked if len(parts) == 1 else ()
+            context = Context(self.calibration)
+            steps = self.steps(default)
+            rows = run(program, steps, context, required=required, dump_dir=folder).rows
+            for index in range(len(matches)):
+                matches[index] += rows[len(default) + index].matches
+            report.rows += [replace(r, name=f"{r.name} ({name})" if name else r.name) for r in rows]
+        for item, found in zip(self.asked, matches, strict=True):
+            if not found:
+                name = type(item).__name__
+                rows = [row for row in report.rows if row.name.startswith(f"{name} (")]
+                why = "; ".join(f"{where}: {why}" for row in rows for where, why in row.skipped[:1])
+                raise RegraftError(f"{name} matched nothing. {why or 'No candidate in the graph.'}")
+        return report
+
+    def compile_regions(self, program: Program, regions: Any) -> None:
+        if self.target != "reference" and os.environ.get("REGRAFT_INDUCTOR") != "0":
+            compile_regions(program, regions, cache_dir() / "regions")
 
 
 def compile(
@@ -29,8 +71,8 @@ def compile(
 ) -> Any:
     """Capture a model, run the passes, return it compiled.
 
-    model: a transformers model with a causal language head (the result generates), with another
-    head or none, or a torch module or exported program. A torch module needs example_inputs, a
+    model: a transformers model with a language head (the result generates), with another head
+    or none, or a torch module or exported program. A torch module needs example_inputs, a
     tuple of positional or a dict of keyword inputs, and dynamic_shapes as torch.export takes it.
     passes run after the default ones, in the order given; each must match. recipe names a YAML
     file that lists passes. dump_dir gets the printed graph after each pass. The weights are the
@@ -41,97 +83,97 @@ def compile(
     for item in asked:
         if not isinstance(item, Pass):
             raise RegraftError(f"{item!r} is not a pass; `regraft passes` lists them")
-
-    def transform(*parts: tuple[str, Program, Sequence[Pass]]) -> Report:
-        return _transform(parts, asked, Context(calibration or ()), dump_dir)
-
-    return _compiled(model, example_inputs, dynamic_shapes, transform)
-
-
-def _compiled(model: Any, example_inputs: Any, dynamic_shapes: Any, transform: Any) -> Any:
-    from transformers import PreTrainedModel
-
-    if isinstance(model, torch.export.ExportedProgram):
-        from regraft.frontends.module import from_exported
-
-        program = from_exported(model, dynamic_shapes)
-    elif isinstance(model, PreTrainedModel) and not model.can_generate():
-        from regraft.frontends.encoder import capture_encoder
-        from regraft.runtime.encoder import CompiledEncoder
-
-        program = capture_encoder(model, example_inputs, dynamic_shapes)
-        return CompiledEncoder(program, transform(("", program, STATELESS)), model)
-    elif isinstance(model, PreTrainedModel):
+    pipeline = _Pipeline(asked, calibration or (), target, dump_dir)
+    if _generates(model):
         if example_inputs is not None or dynamic_shapes is not None:
             raise RegraftError("example_inputs and dynamic_shapes: a language model needs none")
-        return _compiled_generator(model, transform)
-    elif isinstance(model, torch.nn.Module):
-        from regraft.frontends.module import capture_module
-
-        if example_inputs is None:
-            raise RegraftError(
-                f"cannot compile a {type(model).__name__} without example_inputs: give a tuple of "
-                "positional inputs or a dict of keyword inputs"
-            )
-        program = capture_module(model, example_inputs, dynamic_shapes)
-    else:
-        raise RegraftError(
-            f"cannot compile a {type(model).__name__}: give a transformers model, a torch module "
-            "or an exported program"
-        )
-    return CompiledModule(program, transform(("", program, STATELESS)))
+        if model.config.is_encoder_decoder:
+            return _compile_seq2seq(model, pipeline)
+        return _compile_causal_lm(model, pipeline)
+    return _compile_module(model, example_inputs, dynamic_shapes, pipeline)
 
 
-def _compiled_generator(model: Any, transform: Any) -> Any:
-    """A causal language model or an encoder-decoder, with the model's own ``generate``."""
-    if not model.config.is_encoder_decoder:
-        from regraft.frontends.huggingface import capture
+def _generates(model: Any) -> bool:
+    return bool(getattr(model, "can_generate", bool)()) and hasattr(model, "config")
 
+
+def _compile_causal_lm(model: Any, pipeline: _Pipeline) -> Compiled:
+    from regraft.frontends.huggingface import capture
+
+    key = None
+    if not pipeline.calibration and not pipeline.dump_dir:
+        key = fingerprint(model, pipeline.steps(DEFAULT))
+    entry = cache_dir() / "programs" / f"{key}.safetensors"
+    kept = fetch(entry, model) if key else None
+    if kept is None:
         program = capture(model)
-        kind = type(type(model).__name__, (Compiled,), {})
-        return kind(program, transform(("", program, DEFAULT)), model)
+        report = pipeline.run(("", program, DEFAULT))
+        if key:
+            store(entry, program, report)
+    else:
+        program, report = kept
+    kind = type(type(model).__name__, (Compiled,), {})
+    compiled = kind(program, report, model)
+    pipeline.compile_regions(program, compiled.regions)
+    return compiled
+
+
+def _compile_seq2seq(model: Any, pipeline: _Pipeline) -> Any:
     from regraft.frontends.seq2seq import capture_seq2seq
     from regraft.runtime.seq2seq import CompiledSeq2Seq, generation_class
 
     encoder, cross, step = capture_seq2seq(model)
-    report = transform(
+    report = pipeline.run(
         ("encoder", encoder, STATELESS), ("cross", cross, STATELESS), ("decoder", step, DEFAULT)
     )
     kind = type(type(model).__name__, (CompiledSeq2Seq, generation_class(model)), {})
-    return kind(encoder, cross, step, report, model)
+    compiled = kind(encoder, cross, step, report, model)
+    pipeline.compile_regions(encoder, compiled.encoder.regions)
+    pipeline.compile_regions(step, compiled.regions)
+    return compiled
 
 
-def _transform(
-    parts: Sequence[tuple[str, Program, Sequence[Pass]]],
-    asked: Sequence[Pass],
-    context: Context,
-    dump_dir: str | Path | None,
-) -> Report:
-    """Run the passes over each part; an asked-for pass must match in one of them."""
-    report = Report()
-    matches = [0] * len(asked)
-    for name, program, default in parts:
-        folder = Path(dump_dir) / name if dump_dir is not None else None
-        required = asked if len(parts) == 1 else ()
-        done = run(program, [*default, *asked], context, required=required, dump_dir=folder).rows
-        for index, row in enumerate(done[len(default) :]):
-            matches[index] += row.matches
-        report.rows += [replace(r, name=f"{r.name} ({name})" if name else r.name) for r in done]
-    for item, found in zip(asked, matches, strict=True):
-        if not found:
-            name = type(item).__name__
-            rows = [row for row in report.rows if row.name.startswith(f"{name} (")]
-            reasons = "; ".join(f"{where}: {why}" for row in rows for where, why in row.skipped[:1])
-            raise RegraftError(f"{name} matched nothing. {reasons or 'No candidate in the graph.'}")
-    return report
+def _compile_module(
+    model: Any, example_inputs: Any, dynamic_shapes: Any, pipeline: _Pipeline
+) -> CompiledModule:
+    from transformers import PreTrainedModel
+
+    from regraft.frontends.encoder import capture_encoder
+    from regraft.frontends.module import capture_module, from_exported
+    from regraft.runtime.encoder import CompiledEncoder
+
+    if isinstance(model, PreTrainedModel):
+        program = capture_encoder(model, example_inputs, dynamic_shapes)
+    elif isinstance(model, torch.export.ExportedProgram):
+        program = from_exported(model, dynamic_shapes)
+    elif not isinstance(model, torch.nn.Module):
+        raise RegraftError(
+            f"cannot compile a {type(model).__name__}: give a transformers model, a torch module "
+            "or an exported program"
+        )
+    elif example_inputs is None:
+        raise RegraftError(
+            f"cannot compile a {type(model).__name__} without example_inputs: give a tuple of "
+            "positional inputs or a dict of keyword inputs"
+        )
+    else:
+        program = capture_module(model, example_inputs, dynamic_shapes)
+    report = pipeline.run(("", program, STATELESS))
+    compiled: CompiledModule
+    if isinstance(model, PreTrainedModel):
+        compiled = CompiledEncoder(program, report, model)
+    else:
+        compiled = CompiledModule(program, report)
+    pipeline.compile_regions(program, compiled.regions)
+    return compiled
 
 
 def _check_target(model: Any, target: str) -> None:
-    if target not in ("cpu", "cuda"):
-        raise RegraftError(f"unknown target {target!r}: 'cpu' or 'cuda'")
-    weights = model.parameters() if hasattr(model, "parameters") else ()
-    device = next((weight.device for weight in weights), torch.device(target))
-    if device.type != target:
+    if target not in ("cpu", "cuda", "reference"):
+        raise RegraftError(f"unknown target {target!r}: 'cpu', 'cuda' or 'reference'")
+    weights = model.parameters() if isinstance(model, torch.nn.Module) else ()
+    device = next((weight.device for weight in weights), torch.device("cpu"))
+    if target != "reference" and device.type != target:
         raise RegraftError(f"the model is on {device}, the target is {target}: move the model")
 
 

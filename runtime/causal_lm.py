@@ -76,7 +76,7 @@ class Compiled(GenerationMixin):
         self.generation_config = copy.deepcopy(model.generation_config)
         self.device, self.dtype = model.device, model.dtype
         self.name_or_path = getattr(model, "name_or_path", "")
-        self._run = lower(program)
+        self._run, self.regions = lower(program)
 
     def __repr__(self) -> str:
         formats = sorted({layer.format for layer in self.program.cache.layers})

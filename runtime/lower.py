@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, fx
 
@@ -10,12 +12,16 @@ from regraft.kernels.ops import causal_mask
 from regraft.program import LayerState, Program, RegraftError
 from regraft.program.program import source_of
 from regraft.runtime.cache import CacheState, DenseLayer, QuantizedLayer, RotationTable
+from regraft.runtime.regions import Region, variant_of
 
 regraft = torch.ops.regraft
 
 
-def lower(program: Program) -> fx.GraphModule:
-    """forward(input_ids, attention_mask, position_ids, logits_to_keep, cache) -> logits."""
+def lower(program: Program) -> tuple[fx.GraphModule, dict[str, Region]]:
+    """forward(input_ids, attention_mask, position_ids, logits_to_keep, cache) -> logits.
+
+    The outlined regions come back by name, running operator by operator until they are loaded.
+    """
     lowered = program.copy()
     graph = lowered.graph
     left = [
@@ -44,8 +50,8 @@ def lower(program: Program) -> fx.GraphModule:
     for node in graph.find_nodes(op="call_function", target=regraft.causal_mask.default):
         if all(user.target is _attend for user in node.users):
             node.target = _mask
-    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default):
-        node.target = linear
+    _take_linear(graph)
+    regions = _lower_regions(lowered.graph_module, placeholders[0])
     output = graph.output_node()
     output.args = (output.args[0][0],)  # type: ignore[index]
     graph.eliminate_dead_code()
@@ -56,7 +62,41 @@ def lower(program: Program) -> fx.GraphModule:
         graph.erase_node(node)
     graph.lint()
     lowered.graph_module.recompile()
-    return lowered.graph_module
+    return lowered.graph_module, regions
+
+
+def lower_stateless(program: Program) -> tuple[fx.GraphModule, dict[str, Region]]:
+    """The program as it is: its inputs -> its outputs; and its outlined regions by name."""
+    lowered = program.copy()
+    _take_linear(lowered.graph)
+    placeholders = lowered.graph.find_nodes(op="placeholder")
+    regions = _lower_regions(lowered.graph_module, placeholders[0]) if placeholders else {}
+    lowered.graph.lint()
+    lowered.graph_module.recompile()
+    return lowered.graph_module, regions
+
+
+def _lower_regions(module: fx.GraphModule, ids: fx.Node) -> dict[str, Region]:
+    regions: dict[str, Region] = {}
+    calls = module.graph.find_nodes(op="call_module")
+    if calls:
+        with module.graph.inserting_after(ids):
+            variant = module.graph.call_function(variant_of, (ids,))
+    for node in calls:
+        name = str(node.target)
+        if name not in regions:
+            operators = copy.deepcopy(module.get_submodule(name))
+            _take_linear(operators.graph)
+            operators.recompile()
+            regions[name] = Region(operators)
+            module.add_submodule(name, regions[name])
+        node.args = (variant, *node.args)
+    return regions
+
+
+def _take_linear(graph: fx.Graph) -> None:
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default):
+        node.target = linear
 
 
 def _lower_attention(graph: fx.Graph, node: fx.Node, cache: fx.Node, index: int) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from regraft.kernels.linear.reference import linear
 from regraft.program import Program, RegraftError, Report, TensorSpec
+from regraft.runtime.lower import lower_stateless
 
 
 class CompiledModule:
@@ -21,7 +21,7 @@ class CompiledModule:
     def __init__(self, program: Program, report: Report) -> None:
         self.program, self.report = program, report
         self.device = torch.device(program.metadata["device"])
-        self._run = lower_stateless(program)
+        self._run, self.regions = lower_stateless(program)
 
     def __repr__(self) -> str:
         inputs = ", ".join(f"{spec.name}{list(spec.shape)}" for spec in self.program.inputs)
@@ -112,13 +112,3 @@ def _structure(spec: pytree.TreeSpec) -> str:
 
 def _shown(spec: TensorSpec) -> str:
     return f"[{', '.join(map(str, spec.shape))}]"
-
-
-def lower_stateless(program: Program) -> fx.GraphModule:
-    """The program's graph with few-row matrix products at the speed of memory."""
-    lowered = program.copy()
-    for node in lowered.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default):
-        node.target = linear
-    lowered.graph.lint()
-    lowered.graph_module.recompile()
-    return lowered.graph_module

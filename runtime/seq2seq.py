@@ -13,8 +13,8 @@ from transformers.modeling_outputs import Seq2SeqLMOutput
 from regraft.program import Program, RegraftError, Report
 from regraft.runtime.cache import CacheState
 from regraft.runtime.causal_lm import SessionCache
-from regraft.runtime.lower import lower, new_cache
-from regraft.runtime.module import CompiledModule, check_inputs, lower_stateless
+from regraft.runtime.lower import lower, lower_stateless, new_cache
+from regraft.runtime.module import CompiledModule, check_inputs
 
 
 class Seq2SeqCache(SessionCache):
@@ -92,7 +92,8 @@ class CompiledSeq2Seq(GenerationMixin):
         if generation_class(model) is not GenerationMixin:
             with torch.device("meta"):  # what the model's own generate asks of its modules
                 setattr(self, model.base_model_prefix, type(model)(model.config).base_model)
-        self._cross, self._step = lower_stateless(cross), lower(step)
+        self._cross, _ = lower_stateless(cross)
+        self._step, self.regions = lower(step)
         self._masked = any(spec.name == "encoder_attention_mask" for spec in step.inputs)
 
     def __repr__(self) -> str:

@@ -18,13 +18,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     is faster: some BLAS libraries run a matrix-vector product on one thread.
     """
     rows = x.numel() // x.shape[-1]
-    if rows > ROWS or not _splits(x, weight) or not _faster(weight.shape, weight.dtype, rows):
+    if rows > ROWS or not splits(x, weight) or not _faster(weight.shape, weight.dtype, rows):
         return F.linear(x, weight, bias)
-    out = _split(x.reshape(rows, -1), weight).reshape(*x.shape[:-1], -1)
+    return linear_in_blocks(x, weight, bias)
+
+
+def linear_in_blocks(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear as a batch of products over SPLIT blocks of output channels."""
+    out = _split(x.reshape(-1, x.shape[-1]), weight).reshape(*x.shape[:-1], -1)
     return out if bias is None else out + bias
 
 
-def _splits(x: Tensor, weight: Tensor) -> bool:
+def splits(x: Tensor, weight: Tensor) -> bool:
+    """Whether linear_in_blocks takes these."""
     return x.device.type == "cpu" and weight.is_contiguous() and weight.shape[0] % SPLIT == 0
 
 

@@ -86,8 +86,8 @@ class Program:
         """One line a node: name, operator, arguments, dtype and shape."""
         lines = []
         for node in self.graph.nodes:
-            value = node.meta.get("val")
-            shape = f" : {value.dtype} {list(value.shape)}" if torch.is_tensor(value) else ""
+            spec = spec_of(node)
+            shape = f" : {spec[0]} [{', '.join(map(str, spec[1]))}]" if spec else ""
             arguments = ", ".join(map(str, node.args)) if node.op != "placeholder" else ""
             lines.append(f"{node.name} = {node.target}({arguments}){shape}")
         return "\n".join(lines)
@@ -99,7 +99,17 @@ class Program:
         )
 
 
+def spec_of(node: fx.Node) -> tuple[torch.dtype, tuple[int | str, ...]] | None:
+    """dtype and dimensions of a node's tensor, dynamic ones as their symbol; None for others."""
+    value = node.meta.get("val")
+    if torch.is_tensor(value):
+        return value.dtype, tuple(n if isinstance(n, int) else str(n) for n in value.shape)
+    return node.meta.get("spec")
+
+
 def source_of(node: fx.Node) -> str:
     """The module path a node was captured from, for messages."""
+    if "source" in node.meta:
+        return node.meta["source"]
     stack = node.meta.get("nn_module_stack")
     return next(reversed(stack.values()))[0] if stack else node.name
