@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import threading
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,12 +37,21 @@ def _attention(module, q, k, v, attention_mask=None, scaling=None, dropout=0.0, 
     sinks = kwargs.get("s_aux", kwargs.get("sinks"))
     mask, bias = attention_mask, kwargs.get("position_bias")
     if bias is not None:
-        mask = bias if mask is None else torch.where(mask, bias, float("-inf"))
-    out = torch.ops.regraft.attention(q, k, v, mask, sinks, float(scale), float(softcap))
+        mask = bias if mask is None else _biased(mask, bias)
+    causal = kwargs.get("is_causal")
+    if causal is None:
+        causal = getattr(module, "is_causal", True)
+    out = torch.ops.regraft.attention(
+        q, k, v, mask, sinks, float(scale), float(softcap), causal=bool(causal) or mask is not None
+    )
     return out.transpose(1, 2).contiguous(), None
 
 
-def _trial(mode: object):
+def _biased(mask: Tensor, bias: Tensor) -> Tensor:
+    return torch.where(mask, bias, float("-inf")) if mask.dtype == torch.bool else mask + bias
+
+
+def _trial(mode: Any):
     """Forget the sizes that a failed evaluation on fake tensors leaves behind."""
     if not isinstance(mode, FakeTensorMode) or mode.shape_env is None:
         return nullcontext()
@@ -134,28 +144,47 @@ def _state_shapes(model: PreTrainedModel) -> list[tuple[Tensor, Tensor]]:
 
 
 @contextmanager
-def _registered(model: PreTrainedModel):
-    """Run the model with our attention; give its own back afterwards."""
+def registered(model: PreTrainedModel):
+    """Run the model with our attention, where it takes one; give its own back afterwards."""
     configs = [m.config for m in model.modules() if isinstance(m, PreTrainedModel)]
     before = [config._attn_implementation for config in configs]
     experts = model.get_experts_implementation()
     was_training = model.training
     model.eval()
     try:
-        model.set_attn_implementation("regraft")
-        if experts:
-            model.set_experts_implementation("batched_mm")
+        try:
+            if model._can_set_attn_implementation():
+                model.set_attn_implementation("regraft")
+            if experts:
+                model.set_experts_implementation("batched_mm")
+        except ValueError as error:
+            raise RegraftError(
+                f"{type(model).__name__} cannot use registered attention: {error}"
+            ) from error
         yield
-    except ValueError as error:
-        raise RegraftError(
-            f"{type(model).__name__} cannot use registered attention: {error}"
-        ) from error
     finally:
         model.train(was_training)
         if experts:
             model.set_experts_implementation(experts)
         for config, name in zip(configs, before, strict=True):
             config._attn_implementation_internal = name
+
+
+@contextmanager
+def as_it_is(model: PreTrainedModel):
+    """The model in evaluation mode, with its own attention."""
+    was_training = model.training
+    try:
+        yield model.eval()
+    finally:
+        model.train(was_training)
+
+
+def close(wanted: Tensor, found: Tensor) -> bool:
+    """Equal up to 64 roundings of the largest output."""
+    limit = 64 * torch.finfo(wanted.dtype).eps if wanted.is_floating_point() else 0.0
+    scale = wanted.float().abs().max().item()
+    return bool((wanted.float() - found.float()).abs().max().item() <= limit * max(scale, 1e-6))
 
 
 def capture(model: PreTrainedModel) -> Program:
@@ -174,11 +203,11 @@ def capture(model: PreTrainedModel) -> Program:
 def _capture(model: PreTrainedModel) -> Program:
     with torch.no_grad():
         if not is_recurrent(model):
-            with _registered(model):
+            with registered(model):
                 if shapes := _state_shapes(model):
                     return _capture_attention(model, shapes)
         trial = Trial(model)
-        with _registered(model):
+        with registered(model):
             return capture_recurrent(model, trial)
 
 

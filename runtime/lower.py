@@ -71,6 +71,17 @@ def lower(program: Program) -> tuple[fx.GraphModule, dict[str, Region]]:
     return lowered.graph_module, regions
 
 
+def lower_stateless(program: Program) -> tuple[fx.GraphModule, dict[str, Region]]:
+    """The program as it is: its inputs -> its outputs; and its outlined regions by name."""
+    lowered = program.copy()
+    _take_linear(lowered.graph)
+    placeholders = lowered.graph.find_nodes(op="placeholder")
+    regions = _lower_regions(lowered.graph_module, placeholders[0]) if placeholders else {}
+    lowered.graph.lint()
+    lowered.graph_module.recompile()
+    return lowered.graph_module, regions
+
+
 def _lower_regions(module: fx.GraphModule, ids: fx.Node) -> dict[str, Region]:
     regions: dict[str, Region] = {}
     calls = module.graph.find_nodes(op="call_module")
