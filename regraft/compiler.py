@@ -127,7 +127,6 @@ def _compile_seq2seq(model: Any, pipeline: _Pipeline) -> Any:
     )
     kind = type(type(model).__name__, (CompiledSeq2Seq, generation_class(model)), {})
     compiled = kind(encoder, cross, step, report, model)
-    pipeline.compile_regions(encoder, compiled.encoder.regions)
     pipeline.compile_regions(step, compiled.regions)
     return compiled
 
@@ -163,7 +162,6 @@ def _compile_module(
         compiled = CompiledEncoder(program, report, model)
     else:
         compiled = CompiledModule(program, report)
-    pipeline.compile_regions(program, compiled.regions)
     return compiled
 
 
