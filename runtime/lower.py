@@ -32,13 +32,13 @@ def lower(program: Program) -> tuple[fx.GraphModule, dict[str, Region]]:
     keys, states = past[: 2 * len(program.cache.layers)], past[2 * len(program.cache.layers) :]
     with graph.inserting_after(placeholders[-1]):
         cache = graph.placeholder("cache")
-    with graph.inserting_after(cache):
-        length = graph.call_function(_length, (cache,))
     if states:
         _lower_states(graph, cache, placeholders[0], states)
     output = graph.output_node()
     output.args = (output.args[0][0],)  # type: ignore[index]
     graph.eliminate_dead_code()
+    with graph.inserting_after(cache):
+        length = graph.call_function(_length, (cache,))
     slots = {node: divmod(i, 2) for i, node in enumerate(keys)}
     owned = set()
     for node in graph.find_nodes(op="call_function", target=regraft.cached_attention.default):
