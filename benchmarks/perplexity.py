@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 import regraft
-from regraft.benchmarks.harness import Check, Result, environment, threads
+from regraft.benchmarks.harness import Check, Result, environment, progress, threads
 
 WINDOW, WINDOWS, CHUNK, SEED, THREADS = 8192, 4, 64, 0, 2
 QUICK_WINDOW = 1024
@@ -77,17 +76,14 @@ def measure(
     Windows [1, T] are fed ``chunk`` tokens at a time, so that all but the latest tokens are
     attended as the cache holds them.
     """
-    from rich.console import Console
-    from rich.progress import Progress
-
     totals = {name: _Total() for name in contenders}
     kept = {}
     steps = sum(-(-ids.shape[1] // chunk) for ids in windows)
-    with Progress(console=Console(file=sys.stderr)) as progress:
-        task = progress.add_task("perplexity", total=steps)
-        for ids in windows:
+    with progress("perplexity", steps) as stage:
+        for index, ids in enumerate(windows):
             caches = {name: one.new_cache() for name, one in contenders.items()}
             for start in range(0, ids.shape[1], chunk):
+                stage(f"window {index + 1} of {len(windows)}")
                 part, target = ids[:, start : start + chunk], ids[0, start + 1 : start + chunk + 1]
                 exact = None
                 for name, one in contenders.items():
@@ -95,7 +91,6 @@ def measure(
                     log_p = logits.log_softmax(-1)
                     exact = log_p if exact is None else exact
                     _add(totals[name], exact, log_p, target)
-                progress.update(task, advance=1)
             kept = {name: cache.nbytes / ids.shape[1] for name, cache in caches.items()}
     return totals, kept
 

@@ -28,7 +28,10 @@ _EXPERTS = dict(num_experts=4, num_local_experts=4, n_routed_experts=4, num_expe
                 topk_group=1, moe_num_experts=4, moe_k=2, moe_topk=2)  # fmt: skip
 _LATENT = dict(q_lora_rank=32, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8,
                v_head_dim=16)  # fmt: skip
-_ALL = {**_SMALL, **_GPT2, **_BART, **_EXPERTS, **_LATENT}
+_RECURRENT = dict(chunk_size=16, mamba_chunk_size=16, mamba_d_state=16, ssm_state_size=16,
+                  linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=16,
+                  linear_value_head_dim=16)  # fmt: skip
+_ALL = {**_SMALL, **_GPT2, **_BART, **_EXPERTS, **_LATENT, **_RECURRENT}
 _SETS: tuple[dict[str, Any], ...] = (
     _ALL,
     {**_ALL, "num_key_value_heads": 4},
@@ -43,7 +46,7 @@ _SETS: tuple[dict[str, Any], ...] = (
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 # what a type needs beyond the sizes above: layers of each kind, widths that must agree
 _SPECIAL: dict[str, dict[str, Any]] = {
-    "bamba": dict(attn_layer_indices=[1], mamba_n_heads=8, mamba_d_state=16),
+    "bamba": dict(attn_layer_indices=[1], mamba_n_heads=8),
     "blt": dict(num_hidden_layers=2, encoder_hash_byte_group_vocab=64, patching_mode="space"),
     "blt_local_encoder": dict(hidden_size_global=64),
     "blt_local_decoder": dict(hidden_size_global=64),
@@ -73,7 +76,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "gemma4_unified_text": dict(global_head_dim=32),
     "gpt_neo": dict(attention_types=[[["global", "local"], 1]], window_size=5),
     "granitemoehybrid": dict(
-        layer_types=["linear_attention", "full_attention"], mamba_n_heads=8, mamba_d_state=16,
+        layer_types=["linear_attention", "full_attention"], mamba_n_heads=8,
     ),
     "jamba": dict(attn_layer_period=2, attn_layer_offset=1),
     "lfm2": dict(layer_types=["conv", "full_attention"]),

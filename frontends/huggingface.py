@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import threading
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,9 +20,10 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from regraft.frontends.opaque import around_data
-from regraft.frontends.recurrent import capture_recurrent
+from regraft.frontends.recurrent import Trial, capture_recurrent
 from regraft.frontends.states import CapturedLayer, is_recurrent
 from regraft.frontends.tracing import trace
+from regraft.frontends.trial import agree
 from regraft.kernels import ops  # noqa: F401  registers the regraft:: operators
 from regraft.program import CacheSpec, LayerState, Program, RegraftError, TensorSpec
 
@@ -32,17 +34,26 @@ _one_at_a_time = threading.Lock()
 def _attention(module, q, k, v, attention_mask=None, scaling=None, dropout=0.0, **kwargs):
     scale = scaling if scaling is not None else q.shape[-1] ** -0.5
     softcap = kwargs.get("softcap") or 0.0
-    sinks = kwargs.get("s_aux")
+    sinks = kwargs.get("s_aux", kwargs.get("sinks"))
     mask, bias = attention_mask, kwargs.get("position_bias")
     if bias is not None:
-        mask = bias if mask is None else torch.where(mask, bias, float("-inf"))
-    out = torch.ops.regraft.attention(q, k, v, mask, sinks, float(scale), float(softcap))
+        mask = bias if mask is None else _biased(mask, bias)
+    causal = kwargs.get("is_causal")
+    if causal is None:
+        causal = getattr(module, "is_causal", True)
+    out = torch.ops.regraft.attention(
+        q, k, v, mask, sinks, float(scale), float(softcap), causal=bool(causal) or mask is not None
+    )
     return out.transpose(1, 2).contiguous(), None
 
 
-def _trial(mode: FakeTensorMode | None):
+def _biased(mask: Tensor, bias: Tensor) -> Tensor:
+    return torch.where(mask, bias, float("-inf")) if mask.dtype == torch.bool else mask + bias
+
+
+def _trial(mode: Any):
     """Forget the sizes that a failed evaluation on fake tensors leaves behind."""
-    if mode is None or mode.shape_env is None:
+    if not isinstance(mode, FakeTensorMode) or mode.shape_env is None:
         return nullcontext()
     return mode.shape_env.ignore_fresh_unbacked_symbols()
 
@@ -133,28 +144,47 @@ def _state_shapes(model: PreTrainedModel) -> list[tuple[Tensor, Tensor]]:
 
 
 @contextmanager
-def _registered(model: PreTrainedModel):
-    """Run the model with our attention; give its own back afterwards."""
+def registered(model: PreTrainedModel):
+    """Run the model with our attention, where it takes one; give its own back afterwards."""
     configs = [m.config for m in model.modules() if isinstance(m, PreTrainedModel)]
     before = [config._attn_implementation for config in configs]
     experts = model.get_experts_implementation()
     was_training = model.training
     model.eval()
     try:
-        model.set_attn_implementation("regraft")
-        if experts:
-            model.set_experts_implementation("batched_mm")
+        try:
+            if model._can_set_attn_implementation():
+                model.set_attn_implementation("regraft")
+            if experts:
+                model.set_experts_implementation("batched_mm")
+        except ValueError as error:
+            raise RegraftError(
+                f"{type(model).__name__} cannot use registered attention: {error}"
+            ) from error
         yield
-    except ValueError as error:
-        raise RegraftError(
-            f"{type(model).__name__} cannot use registered attention: {error}"
-        ) from error
     finally:
         model.train(was_training)
         if experts:
             model.set_experts_implementation(experts)
         for config, name in zip(configs, before, strict=True):
             config._attn_implementation_internal = name
+
+
+@contextmanager
+def as_it_is(model: PreTrainedModel):
+    """The model in evaluation mode, with its own attention."""
+    was_training = model.training
+    try:
+        yield model.eval()
+    finally:
+        model.train(was_training)
+
+
+def close(wanted: Tensor, found: Tensor) -> bool:
+    """Equal up to 64 roundings of the largest output."""
+    limit = 64 * torch.finfo(wanted.dtype).eps if wanted.is_floating_point() else 0.0
+    scale = wanted.float().abs().max().item()
+    return bool((wanted.float() - found.float()).abs().max().item() <= limit * max(scale, 1e-6))
 
 
 def capture(model: PreTrainedModel) -> Program:
@@ -171,14 +201,19 @@ def capture(model: PreTrainedModel) -> Program:
 
 
 def _capture(model: PreTrainedModel) -> Program:
-    with torch.no_grad(), _registered(model):
-        if is_recurrent(model):
-            return capture_recurrent(model)
-        shapes = _state_shapes(model)
-        if not shapes:
-            return capture_recurrent(model)
-        inputs, examples, dynamic = _signature(model, shapes)
-        module, _, names = trace(_Step(model), inputs, examples, dynamic)
+    with torch.no_grad():
+        if not is_recurrent(model):
+            with registered(model):
+                if shapes := _state_shapes(model):
+                    return _capture_attention(model, shapes)
+        trial = Trial(model)
+        with registered(model):
+            return capture_recurrent(model, trial)
+
+
+def _capture_attention(model: PreTrainedModel, shapes: list[tuple[Tensor, Tensor]]) -> Program:
+    inputs, examples, dynamic = _signature(model, shapes)
+    module, names, _ = trace(_Step(model), inputs, examples, dynamic)
     outputs = [TensorSpec("logits", ("batch_size", "kept", "vocab"), model.dtype, "logits")]
     for spec in inputs[4:]:
         name = spec.name.replace("past_key_values", "present")
@@ -186,9 +221,11 @@ def _capture(model: PreTrainedModel) -> Program:
         outputs.append(TensorSpec(name, shape, spec.dtype, "cache"))
     layers = tuple(LayerState() for _ in shapes)
     metadata = {"parameters": names}
-    return Program(
+    program = Program(
         module, tuple(inputs), tuple(outputs), CacheSpec(layers), tuple(examples), metadata
     )
+    agree(model, program)
+    return program
 
 
 def _signature(model, shapes):

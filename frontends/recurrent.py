@@ -9,20 +9,21 @@ each way of running the model is tried against the model itself on a padded batc
 from __future__ import annotations
 
 import inspect
+import math
 from itertools import product
 
 import torch
-from sympy import Integer
 from torch import Tensor
+from torch.utils._sympy.printers import PythonPrinter
 from transformers import PreTrainedModel
 
-from regraft.frontends.functional import without_copies
+from regraft.frontends.functional import functionalize
 from regraft.frontends.states import Memory
 from regraft.frontends.tracing import trace
 from regraft.program import CacheSpec, LayerState, Program, RegraftError, TensorSpec
 
 ROWS, PAST, QUERIES, PADDING = 2, 7, 3, 2
-LONGEST = 512
+LONGEST = 4096
 TOLERANCE = 1e-5
 
 
@@ -59,17 +60,16 @@ class RecurrentStep(torch.nn.Module):
 
 
 def _where(seen: Tensor, new: Tensor, old: Tensor, shape: tuple[int | str, ...]) -> Tensor:
-    if "batch_size" not in shape:
+    if "batch_size" not in shape or "past_sequence_length" in shape:
         return new
     rows = seen.bool().view([-1 if size == "batch_size" else 1 for size in shape])
     return torch.where(rows, new, old)
 
 
-class _Trial:
+class Trial:
     """A padded prompt, what the model computes for it, and whether a step computes the same."""
 
-    def __init__(self, model: PreTrainedModel, memory: Memory) -> None:
-        self.memory = memory
+    def __init__(self, model: PreTrainedModel) -> None:
         limit = model.config.get_text_config(decoder=True).vocab_size
         length = PAST + QUERIES
         generator = torch.Generator().manual_seed(0)
@@ -80,7 +80,10 @@ class _Trial:
         self.positions = (self.mask.cumsum(-1) - 1).clamp(min=0)
         accepted = inspect.signature(model.forward).parameters
         extra = {"position_ids": self.positions} if "position_ids" in accepted else {}
+        was_training = model.training
+        model.eval()
         output = model(input_ids=self.ids, attention_mask=self.mask, use_cache=False, **extra)
+        model.train(was_training)
         self.logits = output.logits
 
     def inputs(self, start: int, stop: int, kept: int) -> list[Tensor]:
@@ -89,8 +92,9 @@ class _Trial:
         return [ids, self.mask[:, :stop], positions, keep]
 
     def error(self, step: RecurrentStep, sizes: list[int]) -> tuple[float, list[Tensor]]:
-        """Largest difference of the logits as a share of their scale, and the last states."""
-        states, start, worst = self.memory.zeros(ROWS), 0, 0.0
+        """Largest difference of the logits as a share of their scale; the states after PAST."""
+        states, start, worst = step.memory.zeros(ROWS), 0, 0.0
+        after = states
         for size in sizes:
             stop = start + size
             logits, *states = step(*self.inputs(start, stop, size), *states)
@@ -98,14 +102,16 @@ class _Trial:
             difference = (logits - self.logits[:, start:stop])[real].abs().max().item()
             worst = difference if not difference <= worst else worst
             start = stop
-        return worst / self.logits.abs().max().item(), states
+            after = states if stop == PAST else after
+        return worst / self.logits.abs().max().item(), after
 
 
-def capture_recurrent(model: PreTrainedModel) -> Program:
+def capture_recurrent(model: PreTrainedModel, trial: Trial) -> Program:
     """Program of one token with its states; ``prefill`` takes several where the model can.
 
     Inputs and outputs as in ``capture``, and each state past_key_values.{name} and
     present.{name}, such as past_key_values.0.conv. metadata["prefill"] says why there is none.
+    trial was made with the model's own attention.
     """
     memory = Memory(model)
     try:
@@ -114,17 +120,14 @@ def capture_recurrent(model: PreTrainedModel) -> Program:
                 f"{type(model).__name__} keeps no cache that transformers hands from call to "
                 "call: it cannot be compiled as a cached decoder"
             )
-        trial = _Trial(model, memory)
-        close = max(TOLERANCE, 8 * torch.finfo(model.dtype).eps)
-        step = _choose(trial, model, memory, [1] * (PAST + 1), (True, False), 10 * close)
+        step, states = _choose(trial, memory, [1] * (PAST + 1), (True, False), 10)
         if isinstance(step, str):
             raise RegraftError(
                 f"{type(model).__name__} token by token from empty states differs from the whole "
                 f"prompt at once ({step}): its states are not understood"
             )
-        _, states = trial.error(step, [1] * PAST)
         program = _program(trial, step, 1, states)
-        many = _choose(trial, model, memory, [4, PAST + QUERIES - 4], (False,), close)
+        many, _ = _choose(trial, memory, [4, PAST + QUERIES - 4], (False,), 1)
         if isinstance(many, str):
             program.metadata["prefill"] = many
             return program
@@ -137,23 +140,32 @@ def capture_recurrent(model: PreTrainedModel) -> Program:
         memory.restore()
 
 
-def _choose(trial, model, memory, sizes, freezing, tolerance) -> RecurrentStep | str:
-    """The way of running the model that agrees best with it, or why none agrees."""
-    best, found, reasons = tolerance, None, []
+def _choose(
+    trial: Trial, memory: Memory, sizes: list[int], freezing: tuple[bool, ...], slack: float
+) -> tuple[RecurrentStep | str, list[Tensor]]:
+    """A way of running the model that agrees with it, with its states, or why none agrees.
+
+    The first within the tolerance, else the best within slack times as much.
+    """
+    tolerance = max(TOLERANCE, 8 * torch.finfo(memory.model.dtype).eps)
+    best: tuple[float, RecurrentStep | str, list[Tensor]] = (slack * tolerance, "", [])
+    reasons = []
     for masked, frozen in product((True, False), freezing):
-        step = RecurrentStep(model, memory, masked, frozen)
+        step = RecurrentStep(memory.model, memory, masked, frozen)
         try:
-            error, _ = trial.error(step, sizes)
+            error, states = trial.error(step, sizes)
         except (RuntimeError, ValueError, IndexError, TypeError) as failure:
             reasons.append(f"{type(failure).__name__}: {str(failure).splitlines()[0]}")
             continue
         reasons.append(f"logits differ by {error:.1e} of their scale")
-        if error <= best:
-            best, found = error / 2, step
-    return found or min(reasons, key=len)
+        if error <= best[0]:
+            best = (error, step, states)
+        if error <= tolerance:
+            break
+    return best[1] or min(reasons, key=len), best[2]
 
 
-def _program(trial: _Trial, step: RecurrentStep, size: int, states: list[Tensor]) -> Program:
+def _program(trial: Trial, step: RecurrentStep, size: int, states: list[Tensor]) -> Program:
     memory = step.memory
     rows = ("batch_size", "sequence_length" if size > 1 else 1)
     total = ("batch_size", "total_sequence_length")
@@ -179,34 +191,35 @@ def _program(trial: _Trial, step: RecurrentStep, size: int, states: list[Tensor]
     recurrent = []
     for name, shape, dtype in memory.states:
         recurrent.append(TensorSpec(f"past_key_values.{name}", shape, dtype, "state"))
-        outputs.append(TensorSpec(f"present.{name}", shape, dtype, "state"))
-        dynamic.append(tuple(i for i, size in enumerate(shape) if size == "batch_size"))
+        after = tuple(total[1] if size == "past_sequence_length" else size for size in shape)
+        outputs.append(TensorSpec(f"present.{name}", after, dtype, "state"))
+        dynamic.append(tuple(i for i, size in enumerate(shape) if isinstance(size, str)))
     inputs += recurrent
-    module, fakes, names = trace(step, inputs, examples, dynamic)
-    without_copies(module.graph)
+    module, names, fakes = trace(step, inputs, examples, dynamic)
+    functionalize(module.graph)
     module.recompile()
+    tokens = (1, 1) if size == 1 else _range(fakes[0].shape[1])
     spec = CacheSpec(tuple(LayerState() for _ in memory.keys), tuple(recurrent))
-    limit = 1 if size == 1 else _limit(fakes[0].shape[1])
-    metadata = {"parameters": names}
     return Program(
-        module, tuple(inputs), tuple(outputs), spec, tuple(examples), metadata, tokens=limit
+        module, tuple(inputs), tuple(outputs), spec, tuple(examples), {"parameters": names}, tokens
     )
 
 
-def _limit(length: torch.SymInt) -> int | None:
-    """The largest count of tokens that what the trace assumed of it allows; None: any count.
+def _range(length: torch.SymInt) -> tuple[int, int | None]:
+    """The counts of tokens around QUERIES that keep what the trace assumed of them true.
 
     A loop over chunks is traced for one chunk, say, which leaves a guard on the chunk count.
+    None: any number from the first on.
     """
     symbol = length.node.expr
-    guards = {
-        guard.expr for guard in length.node.shape_env.guards if guard.expr.free_symbols == {symbol}
-    }
-
-    def allowed(count: int) -> bool:
-        return all(guard.xreplace({symbol: Integer(count)}) for guard in guards)
-
-    for count in range(2, LONGEST):
-        if not allowed(count):
-            return count - 1
-    return None
+    guards = {str(PythonPrinter().doprint(guard.expr)) for guard in length.node.shape_env.guards
+              if guard.expr.free_symbols == {symbol}}  # fmt: skip
+    check = eval(
+        f"lambda {symbol}: {' and '.join(map('({})'.format, guards)) or True}", {"math": math}
+    )
+    first, last = QUERIES, QUERIES
+    while first > 2 and check(first - 1):
+        first -= 1
+    while last < LONGEST and check(last + 1):
+        last += 1
+    return first, last if last < LONGEST else None

@@ -9,6 +9,7 @@ and ``take`` reads the tensors back after the model has run. Nothing of it knows
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -18,8 +19,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import (
     DynamicCache,
+    DynamicIndexedLayer,
     DynamicLayer,
-    LinearAttentionAndFullAttentionLayer,
     LinearAttentionCacheLayerMixin,
 )
 
@@ -41,23 +42,30 @@ class CapturedLayer(DynamicLayer):
         self.values = torch.ops.regraft.kv_update(self.values, value_states)
         return self.keys, self.values
 
+    is_sliding = False
+    get_mask_sizes = DynamicLayer.get_mask_sizes
+    get_seq_length = DynamicLayer.get_seq_length
+    get_max_length = DynamicLayer.get_max_length
 
-class CapturedMixedLayer(CapturedLayer, LinearAttentionAndFullAttentionLayer):
-    """A CapturedLayer with the recurrent states of the layer that it stands for."""
+
+@functools.cache
+def _captured_class(base: type[DynamicLayer]) -> type[CapturedLayer]:
+    """CapturedLayer with what else the class of layer keeps, under no layer type of its own."""
+    return type(f"Captured{base.__name__}", (CapturedLayer, base), {"_layer_type": None})
 
 
 def is_recurrent(model: PreTrainedModel) -> bool:
-    """Whether transformers gives any layer of this model a state of constant size."""
-    layers = DynamicCache(config=model.config).layers
-    return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
+    """Whether transformers gives any layer of this model more than keys and values."""
+    more = (LinearAttentionCacheLayerMixin, DynamicIndexedLayer)
+    return any(isinstance(layer, more) for layer in DynamicCache(config=model.config).layers)
 
 
 class Memory:
     """The cache of a model: the argument that takes it, its structure and where its states are.
 
     keys: (index of the layer, its keys, its values) of each attention layer, from a trial call;
-    states: (name, shape with "batch_size" where the rows are, dtype) of every other tensor that
-    is not a constant.
+    states: (name, shape, dtype) of every other tensor that is not a constant; the shape has
+    "batch_size" where the rows are and "past_sequence_length" where tokens are.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -79,7 +87,7 @@ class Memory:
             if id(tensor) in attention:
                 continue
             shape = self._shape(path, earlier[path].shape, tensor.shape)
-            if "batch_size" in shape or not torch.equal(tensor, earlier[path]):
+            if not all(isinstance(n, int) for n in shape) or not torch.equal(tensor, earlier[path]):
                 self._paths.append(path)
                 self.states.append((_name(path), shape, tensor.dtype))
 
@@ -105,24 +113,25 @@ class Memory:
             _hold(self.model, key, value)
 
     def _shape(self, path: Path, small: torch.Size, large: torch.Size) -> tuple[int | str, ...]:
+        names = {(2, 3): "batch_size", (3, 5): "past_sequence_length"}
         pairs = list(zip(small, large, strict=True))
-        strange = [pair for pair in pairs if pair[0] != pair[1] and pair != (2, 3)]
-        if strange:
+        if any(a != b and (a, b) not in names for a, b in pairs):
             raise RegraftError(
-                f"{type(self.model).__name__} keeps a state {_name(path)} of shape {list(large)} "
-                "that grows with the tokens outside attention: it cannot be compiled yet"
+                f"{type(self.model).__name__} keeps a state {_name(path)} whose shape "
+                f"{list(small)} for 2 rows of 3 tokens is {list(large)} for 3 of 5: it cannot be "
+                "compiled yet"
             )
-        return tuple("batch_size" if a != b else b for a, b in pairs)
+        return tuple(names.get(pair, pair[1]) for pair in pairs)
 
     def zeros(self, rows: int) -> list[Tensor]:
         """Empty keys and values, and states before the first token."""
         device = self.model.device
+        sizes: dict[Any, int] = {"batch_size": rows, "past_sequence_length": 0}
         pairs = [t[:1, :, :0].expand(rows, -1, -1, -1) for _, *pair in self.keys for t in pair]
         states = [
-            torch.zeros([rows if d == "batch_size" else d for d in shape], dtype=d_type,
-                        device=device)
-            for _, shape, d_type in self.states
-        ]  # fmt: skip
+            torch.zeros([sizes.get(size, size) for size in shape], dtype=dtype, device=device)
+            for _, shape, dtype in self.states
+        ]
         return pairs + states
 
     def give(self, tensors: Sequence[Tensor]) -> list[Any]:
@@ -155,8 +164,7 @@ class Memory:
 
 
 def _captured(layer: DynamicLayer) -> CapturedLayer:
-    mixed = isinstance(layer, LinearAttentionCacheLayerMixin)
-    captured = object.__new__(CapturedMixedLayer if mixed else CapturedLayer)
+    captured = object.__new__(_captured_class(type(layer)))
     captured.__dict__.update(layer.__dict__)
     return captured
 

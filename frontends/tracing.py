@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
+from regraft.frontends.provenance import module_paths, name_sources
 from regraft.program import RegraftError, TensorSpec
 
 
@@ -19,22 +20,23 @@ def trace(
     inputs: Sequence[TensorSpec],
     examples: Sequence[Tensor],
     dynamic: Sequence[tuple[int, ...]],
-) -> tuple[fx.GraphModule, list[Tensor], dict[str, str]]:
-    """The graph of ``step.forward(*examples)``, the symbolic tensors it was traced with, and the
-    name in the model of each of its attributes that is a parameter or buffer there.
+) -> tuple[fx.GraphModule, dict[str, str], list[Tensor]]:
+    """The graph of ``step.forward(*examples)``, {attribute: name of the parameter or buffer} and
+    the symbolic tensors that it was traced with.
 
     dynamic lists, for each input, the dimensions of any size. step.model owns the parameters.
     """
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    mode.cache_enabled = False  # keys and entries of symbolic sizes cost more than they save
     fakes = [
         _fake(mode, example, dims, spec.name)
         for spec, example, dims in zip(inputs, examples, dynamic, strict=True)
     ]
     name = type(step.model).__name__
     try:
-        with mode:
+        with mode, module_paths(step.model):
             module = make_fx(
-                step, pre_dispatch=True, record_module_stack=True, _allow_non_fake_inputs=True
+                step, pre_dispatch=True, record_stack_traces=True, _allow_non_fake_inputs=True
             )(*fakes)
     except Exception as error:
         raise RegraftError(
@@ -46,7 +48,8 @@ def trace(
     }
     if fixed:
         raise RegraftError(f"{name} fixes dynamic sizes: {fixed}")
-    return module, fakes, _name_constants(module, step.model)
+    name_sources(module.graph)
+    return module, _name_constants(module, step.model), fakes
 
 
 def _fake(mode: FakeTensorMode, tensor: Tensor, dynamic: tuple[int, ...], name: str) -> Tensor:

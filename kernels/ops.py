@@ -26,11 +26,11 @@ def _update_fake(past: Tensor, new: Tensor) -> Tensor:
     return new.new_empty(batch, heads, past.shape[2] + length, size)
 
 
-def _attention(q, k, v, mask, sinks, scale, softcap):
-    return attention(q, k, v, mask, scale, softcap, sinks)
+def _attention(q, k, v, mask, sinks, scale, softcap, causal=True):
+    return attention(q, k, v, mask, scale, softcap, sinks, causal)
 
 
-def _attention_fake(q, k, v, mask, sinks, scale, softcap):
+def _attention_fake(q, k, v, mask, sinks, scale, softcap, causal=True):
     return q.new_empty(*q.shape[:-1], v.shape[-1])
 
 
@@ -77,7 +77,7 @@ _define(
 )
 _define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? sinks, float scale, "
-    "float softcap) -> Tensor",
+    "float softcap, *, bool causal=True) -> Tensor",
     _attention,
     _attention_fake,
 )

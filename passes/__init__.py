@@ -7,6 +7,7 @@ from regraft.passes.kvquant import KVQuant
 from regraft.passes.outline import OutlineLayers
 from regraft.passes.raise_attention import RaiseAttention
 from regraft.passes.raise_latent import RaiseLatent
+from regraft.passes.raise_sdpa import RaiseSdpa
 from regraft.passes.raise_softmax import RaiseSoftmax
 
 DEFAULT: tuple[Pass, ...] = (
@@ -18,12 +19,16 @@ DEFAULT: tuple[Pass, ...] = (
 )
 """What every compiled model gets before the passes that the user asked for."""
 
+STATELESS: tuple[Pass, ...] = (CleanUp(), RaiseSdpa(), FuseLinear())
+"""The same for programs that keep no cache."""
+
 FINAL: tuple[Pass, ...] = (OutlineLayers(),)
 """What follows those passes where regions are to be compiled."""
 
 __all__ = [
     "DEFAULT",
     "FINAL",
+    "STATELESS",
     "CleanUp",
     "Context",
     "FuseLinear",
@@ -34,6 +39,7 @@ __all__ = [
     "RaiseAttention",
     "RaiseLatent",
     "RaiseSoftmax",
+    "RaiseSdpa",
     "pass_named",
     "registry",
     "run",

@@ -165,7 +165,7 @@ class _Raiser:
                 out = self._call(aten.reshape.default, raised, wanted)
         if not _close(self.values[out], self.values[context]):
             raise _NoMatch("it is not softmax(c q k' + b) v")
-        raised.meta["nn_module_stack"] = softmax.meta.get("nn_module_stack")
+        raised.meta["source"] = source_of(softmax)
         raised.meta["val"] = torch.empty_like(context.meta["val"]).reshape(
             *(keys.args[1].meta["val"].shape[0], heads), -1, v.shape[-1]
         )

@@ -115,6 +115,7 @@ def bench(
     quick: bool = typer.Option(False, "--quick", help="A subset, in about a minute."),
     json: Path | None = typer.Option(None, "--json", help="Write JSON here, .md and .png beside."),
     output: str = typer.Option("md", "--output", "-o", help="md, json or csv on stdout."),
+    onnx: Path | None = typer.Option(None, "--onnx", help="decode: a folder with a model.onnx."),
 ) -> None:
     """Run a benchmark suite."""
     from regraft import RegraftError
@@ -124,8 +125,11 @@ def bench(
         raise RegraftError(f"unknown suite {suite!r}: {', '.join(SUITES)}")
     if output not in ("md", "json", "csv"):
         raise RegraftError(f"unknown output {output!r}: md, json or csv")
+    if onnx is not None and suite != "decode":
+        raise RegraftError("--onnx belongs to the suite decode")
     _hush()
-    result = import_module(SUITES[suite]).run(quick)
+    options = {"onnx": onnx} if onnx is not None else {}
+    result = import_module(SUITES[suite]).run(quick, **options)
     if json is not None:
         result.write(json)
     texts = {"md": result.to_markdown, "json": result.to_json, "csv": result.to_csv}

@@ -3,17 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
-from regraft.passes import DEFAULT, FINAL, Context, Pass, pass_named, run
-from regraft.program import RegraftError
+from regraft.passes import DEFAULT, FINAL, STATELESS, Context, Pass, pass_named, run
+from regraft.program import Program, RegraftError, Report
 from regraft.program.folders import cache_dir
 from regraft.runtime.causal_lm import Compiled
+from regraft.runtime.module import CompiledModule
 from regraft.runtime.program_cache import fetch, fingerprint, store
 from regraft.runtime.regions import compile_regions
+
+
+@dataclass(frozen=True)
+class _Pipeline:
+    """What happens to every captured program."""
+
+    asked: Sequence[Pass]
+    calibration: Sequence[Any]
+    target: str
+    dump_dir: str | Path | None
+
+    def steps(self, default: Sequence[Pass]) -> list[Pass]:
+        return [*default, *self.asked, *(() if self.target == "reference" else FINAL)]
+
+    def run(self, *parts: tuple[str, Program, Sequence[Pass]]) -> Report:
+        """Run the passes over each part; an asked-for pass must match in one of them."""
+        report = Report()
+        matches = [0] * len(self.asked)
+        for name, program, default in parts:
+            folder = Path(self.dump_dir) / name if self.dump_dir is not None else None
+            required = self.asked if len(parts) == 1 else ()
+            context = Context(self.calibration)
+            steps = self.steps(default)
+            rows = run(program, steps, context, required=required, dump_dir=folder).rows
+            for index in range(len(matches)):
+                matches[index] += rows[len(default) + index].matches
+            report.rows += [replace(r, name=f"{r.name} ({name})" if name else r.name) for r in rows]
+        for item, found in zip(self.asked, matches, strict=True):
+            if not found:
+                name = type(item).__name__
+                rows = [row for row in report.rows if row.name.startswith(f"{name} (")]
+                why = "; ".join(f"{where}: {why}" for row in rows for where, why in row.skipped[:1])
+                raise RegraftError(f"{name} matched nothing. {why or 'No candidate in the graph.'}")
+        return report
+
+    def compile_regions(self, program: Program, regions: Any) -> None:
+        if self.target != "reference":
+            compile_regions(program, regions, cache_dir() / "regions")
 
 
 def compile(
@@ -26,52 +67,111 @@ def compile(
     target: str = "cpu",
     recipe: str | Path | None = None,
     dump_dir: str | Path | None = None,
-) -> Compiled:
-    """Capture a Hugging Face causal language model, run the passes, return it compiled.
+) -> Any:
+    """Capture a model, run the passes, return it compiled.
 
+    model: a transformers model with a language head (the result generates), with another head
+    or none, or a torch module or exported program. A torch module needs example_inputs, a
+    tuple of positional or a dict of keyword inputs, and dynamic_shapes as torch.export takes it.
     passes run after the default ones, in the order given; each must match. recipe names a YAML
     file that lists passes. dump_dir gets the printed graph after each pass. The weights are the
     model's own tensors, fused projections excepted.
     """
-    from transformers import PreTrainedModel
-
-    from regraft.frontends.huggingface import capture
-
-    if not isinstance(model, PreTrainedModel):
-        raise RegraftError(
-            f"cannot compile a {type(model).__name__}: only transformers causal language models "
-            "are supported so far"
-        )
-    if example_inputs is not None or dynamic_shapes is not None:
-        raise RegraftError("example_inputs and dynamic_shapes: a causal language model needs none")
-    if target not in ("cpu", "cuda", "reference"):
-        raise RegraftError(f"unknown target {target!r}: 'cpu', 'cuda' or 'reference'")
-    if target != "reference" and model.device.type != target:
-        raise RegraftError(
-            f"the model is on {model.device}, the target is {target}: move the model"
-        )
+    _check_target(model, target)
     asked = [*(read_recipe(recipe) if recipe is not None else ()), *passes]
     for item in asked:
         if not isinstance(item, Pass):
             raise RegraftError(f"{item!r} is not a pass; `regraft passes` lists them")
-    final = () if target == "reference" else FINAL
-    steps = [*DEFAULT, *asked, *final]
-    key = None if calibration or dump_dir else fingerprint(model, steps)
+    pipeline = _Pipeline(asked, calibration or (), target, dump_dir)
+    if _generates(model):
+        if example_inputs is not None or dynamic_shapes is not None:
+            raise RegraftError("example_inputs and dynamic_shapes: a language model needs none")
+        if model.config.is_encoder_decoder:
+            return _compile_seq2seq(model, pipeline)
+        return _compile_causal_lm(model, pipeline)
+    return _compile_module(model, example_inputs, dynamic_shapes, pipeline)
+
+
+def _generates(model: Any) -> bool:
+    return bool(getattr(model, "can_generate", bool)()) and hasattr(model, "config")
+
+
+def _compile_causal_lm(model: Any, pipeline: _Pipeline) -> Compiled:
+    from regraft.frontends.huggingface import capture
+
+    key = None
+    if not pipeline.calibration and not pipeline.dump_dir:
+        key = fingerprint(model, pipeline.steps(DEFAULT))
     entry = cache_dir() / "programs" / f"{key}.safetensors"
     kept = fetch(entry, model) if key else None
     if kept is None:
         program = capture(model)
-        context = Context(calibration or ())
-        report = run(program, steps, context, required=asked, dump_dir=dump_dir)
-        if key and "modules" not in program.metadata:
+        report = pipeline.run(("", program, DEFAULT))
+        if key:
             store(entry, program, report)
     else:
         program, report = kept
     kind = type(type(model).__name__, (Compiled,), {})
     compiled = kind(program, report, model)
-    if target != "reference":
-        compile_regions(program, compiled.regions, cache_dir() / "regions")
+    pipeline.compile_regions(program, compiled.regions)
     return compiled
+
+
+def _compile_seq2seq(model: Any, pipeline: _Pipeline) -> Any:
+    from regraft.frontends.seq2seq import capture_seq2seq
+    from regraft.runtime.seq2seq import CompiledSeq2Seq, generation_class
+
+    encoder, cross, step = capture_seq2seq(model)
+    report = pipeline.run(
+        ("encoder", encoder, STATELESS), ("cross", cross, STATELESS), ("decoder", step, DEFAULT)
+    )
+    kind = type(type(model).__name__, (CompiledSeq2Seq, generation_class(model)), {})
+    compiled = kind(encoder, cross, step, report, model)
+    pipeline.compile_regions(step, compiled.regions)
+    return compiled
+
+
+def _compile_module(
+    model: Any, example_inputs: Any, dynamic_shapes: Any, pipeline: _Pipeline
+) -> CompiledModule:
+    from transformers import PreTrainedModel
+
+    from regraft.frontends.encoder import capture_encoder
+    from regraft.frontends.module import capture_module, from_exported
+    from regraft.runtime.encoder import CompiledEncoder
+
+    if isinstance(model, PreTrainedModel):
+        program = capture_encoder(model, example_inputs, dynamic_shapes)
+    elif isinstance(model, torch.export.ExportedProgram):
+        program = from_exported(model, dynamic_shapes)
+    elif not isinstance(model, torch.nn.Module):
+        raise RegraftError(
+            f"cannot compile a {type(model).__name__}: give a transformers model, a torch module "
+            "or an exported program"
+        )
+    elif example_inputs is None:
+        raise RegraftError(
+            f"cannot compile a {type(model).__name__} without example_inputs: give a tuple of "
+            "positional inputs or a dict of keyword inputs"
+        )
+    else:
+        program = capture_module(model, example_inputs, dynamic_shapes)
+    report = pipeline.run(("", program, STATELESS))
+    compiled: CompiledModule
+    if isinstance(model, PreTrainedModel):
+        compiled = CompiledEncoder(program, report, model)
+    else:
+        compiled = CompiledModule(program, report)
+    return compiled
+
+
+def _check_target(model: Any, target: str) -> None:
+    if target not in ("cpu", "cuda", "reference"):
+        raise RegraftError(f"unknown target {target!r}: 'cpu', 'cuda' or 'reference'")
+    weights = model.parameters() if isinstance(model, torch.nn.Module) else ()
+    device = next((weight.device for weight in weights), torch.device("cpu"))
+    if target != "reference" and device.type != target:
+        raise RegraftError(f"the model is on {device}, the target is {target}: move the model")
 
 
 def load(folder: str | Path) -> Compiled:

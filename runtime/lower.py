@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 from operator import getitem
 
 import torch
@@ -27,9 +28,11 @@ def lower(program: Program) -> tuple[fx.GraphModule, dict[str, Region]]:
     lowered = program.copy()
     graph = lowered.graph
     placeholders = graph.find_nodes(op="placeholder")
-    roles = zip(placeholders, program.inputs, strict=True)
-    past = [node for node, spec in roles if spec.role in ("cache", "state")]
-    keys, states = past[: 2 * len(program.cache.layers)], past[2 * len(program.cache.layers) :]
+    for first, second in pairwise(placeholders):
+        first.append(second)
+    roles = list(zip(placeholders, program.inputs, strict=True))
+    past = [node for node, spec in roles if spec.role == "cache"]
+    states = [node for node, spec in roles if spec.role == "state"]
     with graph.inserting_after(placeholders[-1]):
         cache = graph.placeholder("cache")
     if states:
@@ -39,7 +42,7 @@ def lower(program: Program) -> tuple[fx.GraphModule, dict[str, Region]]:
     graph.eliminate_dead_code()
     with graph.inserting_after(cache):
         length = graph.call_function(_length, (cache,))
-    slots = {node: divmod(i, 2) for i, node in enumerate(keys)}
+    slots = {node: divmod(i, 2) for i, node in enumerate(past)}
     owned = set()
     for node in graph.find_nodes(op="call_function", target=regraft.cached_attention.default):
         owned.update(node.args[3:5])
@@ -49,7 +52,7 @@ def lower(program: Program) -> tuple[fx.GraphModule, dict[str, Region]]:
         node.target = _joined if past_state in owned else _update
         node.args = (cache, *slots[past_state], new)
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.sym_size.int):
-        if node.args[0] in keys and node.args[1] == 2:
+        if node.args[0] in past and node.args[1] == 2:
             node.replace_all_uses_with(length)
             graph.erase_node(node)
     for node in graph.find_nodes(op="call_function", target=regraft.causal_mask.default):
@@ -64,6 +67,17 @@ def lower(program: Program) -> tuple[fx.GraphModule, dict[str, Region]]:
             raise RegraftError(f"{node.name} is read by {user.name} outside attention")
         graph.erase_node(node)
     graph.lint()
+    lowered.graph_module.recompile()
+    return lowered.graph_module, regions
+
+
+def lower_stateless(program: Program) -> tuple[fx.GraphModule, dict[str, Region]]:
+    """The program as it is: its inputs -> its outputs; and its outlined regions by name."""
+    lowered = program.copy()
+    _take_linear(lowered.graph)
+    placeholders = lowered.graph.find_nodes(op="placeholder")
+    regions = _lower_regions(lowered.graph_module, placeholders[0]) if placeholders else {}
+    lowered.graph.lint()
     lowered.graph_module.recompile()
     return lowered.graph_module, regions
 
@@ -124,6 +138,7 @@ def _lower_states(graph: fx.Graph, cache: fx.Node, ids: fx.Node, past: list[fx.N
             state = graph.call_function(getitem, (read, index))
         state.meta = dict(node.meta)
         node.replace_all_uses_with(state)
+        graph.erase_node(node)
     output = graph.output_node()
     written = list(output.args[0][-len(past) :])  # type: ignore[index]
     with graph.inserting_before(output):

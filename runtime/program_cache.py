@@ -23,7 +23,6 @@ from torch import Tensor
 from regraft.program import Program, RegraftError, Report
 from regraft.program.folders import written_whole
 from regraft.program.serialize import (
-    PREFILL,
     program_from_json,
     program_tensors,
     program_to_json,
@@ -74,9 +73,8 @@ def fingerprint(model: torch.nn.Module, settings: Sequence[Any]) -> str | None:
     for name, tensor in model.named_parameters(remove_duplicate=False):
         add(name, tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
         add(first.setdefault(id(tensor), name))
-    for name, buffer in model.named_buffers():
-        data = buffer.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy()
-        add(name, buffer.dtype, buffer.shape, data.tobytes())
+    for name, tensor in model.named_buffers():
+        add(name, tensor.dtype, tensor.shape, _bytes(tensor))
     return digest.hexdigest()[:32]
 
 
@@ -86,14 +84,13 @@ def store(path: Path, program: Program, report: Report) -> None:
         graphs = program_to_json(program)
     except RegraftError:
         return
+    parameters, stacked = {}, {}
+    for prefix, part in program.parts.items():
+        known = part.metadata["parameters"]
+        parameters |= {prefix + name: source for name, source in known.items()}
+        for name, parts in part.metadata.get("stacked", {}).items():
+            stacked[prefix + name] = [known[each] for each in parts]
     used = program_tensors(program)
-    parameters: dict[str, str] = {}
-    stacked: dict[str, list[str]] = {}
-    for part, prefix in zip(program.parts, ("", PREFILL), strict=False):
-        names = part.metadata["parameters"]
-        parameters |= {prefix + name: source for name, source in names.items()}
-        for name, sources in part.metadata.get("stacked", {}).items():
-            stacked[prefix + name] = [names[source] for source in sources]
     constants = {
         name: tensor.detach().contiguous().clone()
         for name, tensor in used.items()
@@ -124,18 +121,23 @@ def fetch(path: Path, model: torch.nn.Module) -> tuple[Program, Report] | None:
         known: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
         known |= dict(model.named_buffers(remove_duplicate=False))
         tensors |= {name: known[source] for name, source in entry["parameters"].items()}
-        made: dict[str, Tensor] = {}
+        made: dict[tuple[str, ...], Tensor] = {}
         for name, parts in entry["stacked"].items():
-            if (key := " ".join(parts)) not in made:
+            if tuple(parts) not in made:
                 with torch.no_grad():
-                    made[key] = torch.cat([known[part] for part in parts])
-            tensors[name] = torch.nn.Parameter(made[key], requires_grad=False)
+                    stacked = torch.cat([known[part] for part in parts])
+                made[tuple(parts)] = torch.nn.Parameter(stacked, requires_grad=False)
+            tensors[name] = made[tuple(parts)]
         program = program_from_json(entry["program"], tensors)
         return program, report_from_json(entry["report"])
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RegraftError) as error:
         log.warning("regraft: a kept program is damaged and is made anew: %s", error)
         path.unlink(missing_ok=True)
         return None
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 @cache

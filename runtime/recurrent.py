@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from regraft.program import TensorSpec
 
+TOKENS = "past_sequence_length"
+
 
 class RecurrentStates:
     """The recurrent states of one generation: convolutions, state spaces, linear attention.
 
     A step never writes into a state but makes new ones, so earlier states are kept by reference:
-    those after each of the last ``rollback`` steps. specs give names, shapes and dtypes.
+    those after each of the last ``rollback`` steps. A state with a row for each token (the keys of
+    an indexer) grows instead; where all do, any length can be taken back. specs give
+    names, shapes and dtypes.
     """
 
     def __init__(self, specs: Sequence[TensorSpec], rollback: int = 8) -> None:
@@ -44,11 +49,11 @@ class RecurrentStates:
         """The states after the last token; zeros for this many rows before the first."""
         if self._steps:
             return self._steps[-1][1]
+        sizes: dict[Any, int] = {"batch_size": rows, "past_sequence_length": 0}
         return [
-            torch.zeros([rows if d == "batch_size" else int(d) for d in spec.shape],
-                        dtype=spec.dtype, device=device)
+            torch.zeros([sizes.get(n, n) for n in spec.shape], dtype=spec.dtype, device=device)
             for spec in self.specs
-        ]  # fmt: skip
+        ]
 
     def append(self, states: Sequence[Tensor], count: int) -> None:
         """Replace the states after a step of count tokens."""
@@ -57,6 +62,8 @@ class RecurrentStates:
 
     def check(self, length: int) -> None:
         """Raise ValueError when truncate could not go back to this length."""
+        if growing(self.specs):
+            return
         kept = [step for step, _ in self._steps]
         if length and length not in kept:
             raise ValueError(
@@ -67,7 +74,12 @@ class RecurrentStates:
 
     def truncate(self, length: int) -> None:
         self.check(length)
-        self._steps = [step for step in self._steps if 0 < step[0] <= length]
+        steps = [step for step in self._steps if 0 < step[0] <= length]
+        if length and growing(self.specs) and self.length != length:
+            states = zip(self.specs, self._steps[-1][1], strict=True)
+            cut = [s.narrow(spec.shape.index(TOKENS), 0, length) for spec, s in states]
+            steps.append((length, cut))
+        self._steps = steps
 
     def reorder(self, index: Tensor) -> None:
         self._steps = [
@@ -77,6 +89,11 @@ class RecurrentStates:
 
     def reset(self) -> None:
         self._steps = []
+
+
+def growing(specs: Sequence[TensorSpec]) -> bool:
+    """Whether every state has a row for each token, so that any length can be cut from it."""
+    return all(TOKENS in spec.shape for spec in specs)
 
 
 def _compact(state: Tensor) -> Tensor:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from regraft.program import Program
 from regraft.runtime.cache import CacheState
 from regraft.runtime.lower import lower
+from regraft.runtime.recurrent import growing
+from regraft.runtime.regions import Region
 
 
 class Steps:
@@ -19,11 +21,19 @@ class Steps:
     """
 
     def __init__(self, program: Program) -> None:
-        self.single = program.tokens is not None
-        self.rollback = program.cache.rollback
-        self.step, self.regions = lower(program)
-        self.prefill = None if program.prefill is None else lower(program.prefill)[0]
-        self.limit = None if program.prefill is None else program.prefill.tokens
+        self.single = program.tokens == (1, 1)
+        self.rollback = 0 if growing(program.cache.states) else program.cache.rollback
+        self.regions: dict[str, Region] = {}
+        self.step, self.prefill = self._lower(program, ""), None
+        self.shortest, self.longest = 2, None
+        if program.prefill is not None:
+            self.prefill = self._lower(program.prefill, "prefill.")
+            self.shortest, self.longest = program.prefill.tokens
+
+    def _lower(self, program: Program, prefix: str) -> fx.GraphModule:
+        module, regions = lower(program)
+        self.regions |= {prefix + name: region for name, region in regions.items()}
+        return module
 
     def __call__(
         self, ids: Tensor, mask: Tensor, positions: Tensor, keep: Tensor, cache: CacheState
@@ -49,6 +59,8 @@ class Steps:
     def _pieces(self, past: int, length: int) -> list[int]:
         if self.prefill is None or (past and length <= self.rollback):
             return [1] * length
-        largest = min(self.limit or length, length)
-        pieces = [largest] * (length // largest)
-        return pieces + [length % largest] * (length % largest > 0)
+        largest = min(self.longest or length, length)
+        if largest < self.shortest:
+            return [1] * length
+        count, rest = divmod(length, largest)
+        return [largest] * count + ([rest] if rest >= self.shortest else [1] * rest)

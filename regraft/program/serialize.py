@@ -19,7 +19,6 @@ from regraft.program.errors import RegraftError
 from regraft.program.program import CacheSpec, LayerState, Program, TensorSpec, source_of, spec_of
 from regraft.program.report import Report, Row
 
-PREFILL = "prefill/"
 NAMESPACES = ("aten", "prims", "mkldnn", "regraft")
 FORBIDDEN = ("aten.from_file", "regraft.module")
 FUNCTIONS: dict[str, Callable] = {
@@ -93,50 +92,35 @@ def _graph_from_json(data: dict[str, Any], tensors: Mapping[str, Tensor]) -> fx.
 
 
 def program_to_json(program: Program) -> dict[str, Any]:
-    cache = program.cache
     return {
         "graph": graph_to_json(program.graph_module),
         "inputs": [_spec_to_json(spec) for spec in program.inputs],
         "outputs": [_spec_to_json(spec) for spec in program.outputs],
-        "cache": [_encode(asdict(layer)) for layer in cache.layers],
-        "states": [_spec_to_json(spec) for spec in cache.states],
-        "rollback": cache.rollback,
-        "tokens": program.tokens,
-        "prefill": None if program.prefill is None else program_to_json(program.prefill),
+        "cache": [_encode(asdict(layer)) for layer in program.cache.layers],
+        "states": [_spec_to_json(spec) for spec in program.cache.states],
+        "rollback": program.cache.rollback,
+        "tokens": list(program.tokens),
+        "prefill": program.prefill and program_to_json(program.prefill),
     }
 
 
 def program_from_json(data: dict[str, Any], tensors: Mapping[str, Tensor]) -> Program:
-    """The program, without the sample inputs that its passes were checked with.
-
-    tensors: as ``program_tensors`` names them. RegraftError on damage.
-    """
-    mine = {name: t for name, t in tensors.items() if not name.startswith(PREFILL)}
-    rest = {name.removeprefix(PREFILL): t for name, t in tensors.items() if name not in mine}
-    graph = graph_from_json(data["graph"], mine)
-    cache = CacheSpec(
-        tuple(LayerState(**_decode(layer, {})) for layer in data["cache"]),
-        tuple(map(_spec_from_json, data["states"])),
-        data["rollback"],
-    )
+    """The program, without the sample inputs that its passes were checked with."""
+    graph = graph_from_json(data["graph"], tensors)
+    layers = tuple(LayerState(**_decode(layer, {})) for layer in data["cache"])
+    specs = [tuple(map(_spec_from_json, data[side])) for side in ("inputs", "outputs")]
+    states = tuple(map(_spec_from_json, data["states"]))
     program = Program(
-        graph,
-        tuple(map(_spec_from_json, data["inputs"])),
-        tuple(map(_spec_from_json, data["outputs"])),
-        cache,
-        tokens=data["tokens"],
-        prefill=program_from_json(data["prefill"], rest) if data["prefill"] else None,
-    )
+        graph, specs[0], specs[1], CacheSpec(layers, states, data["rollback"]),
+        tokens=tuple(data["tokens"]),
+    )  # fmt: skip
+    if data["prefill"]:
+        own = {
+            n.removeprefix("prefill."): t for n, t in tensors.items() if n.startswith("prefill.")
+        }
+        program.prefill = program_from_json(data["prefill"], own)
     program.verify()
     return program
-
-
-def program_tensors(program: Program) -> dict[str, Tensor]:
-    """Every tensor of the program by name; those of its prefill begin with "prefill/"."""
-    found = tensors_of(program.graph_module)
-    if program.prefill is not None:
-        found |= {PREFILL + k: t for k, t in program_tensors(program.prefill).items()}
-    return found
 
 
 def report_to_json(report: Report) -> list[dict[str, Any]]:
@@ -158,6 +142,15 @@ def tensors_of(module: fx.GraphModule) -> dict[str, Tensor]:
     """The parameters and constants that the graph reads, by the names it reads them under."""
     nodes = module.graph.find_nodes(op="get_attr")
     return {str(node.target): getattr(module, str(node.target)) for node in nodes}
+
+
+def program_tensors(program: Program) -> dict[str, Tensor]:
+    """tensors_of the program and of its prefill, whose names begin with "prefill."."""
+    return {
+        prefix + name: tensor
+        for prefix, part in program.parts.items()
+        for name, tensor in tensors_of(part.graph_module).items()
+    }
 
 
 def _spec_to_json(spec: TensorSpec) -> dict[str, Any]:

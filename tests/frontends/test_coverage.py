@@ -6,22 +6,13 @@ from pathlib import Path
 import pytest
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from regraft.benchmarks.capture import TOLERANCE, capture_one
+from regraft.benchmarks.capture import capture_one, holds
 
 TABLE = Path(__file__).parents[2] / "benchmarks" / "results" / "capture.json"
 ARCHITECTURES = json.loads(TABLE.read_text())["architectures"]
 
 
-def _holds(entry):
-    return (
-        entry["captured"]
-        and entry["raised"]
-        and entry["max_abs_error"] is not None
-        and entry["max_abs_error"] <= TOLERANCE
-    )
-
-
-HOLDING = sorted(name for name, entry in ARCHITECTURES.items() if _holds(entry))
+HOLDING = sorted(name for name, entry in ARCHITECTURES.items() if holds(entry))
 
 
 def test_every_causal_language_model_type_is_tested():
@@ -30,7 +21,7 @@ def test_every_causal_language_model_type_is_tested():
 
 
 def test_each_type_holds_or_says_why():
-    silent = [n for n, entry in ARCHITECTURES.items() if not _holds(entry) and not entry["reason"]]
+    silent = [n for n, entry in ARCHITECTURES.items() if not holds(entry) and not entry["reason"]]
     assert not silent
     assert all(not ARCHITECTURES[name]["reason"] for name in HOLDING)
 
@@ -47,12 +38,12 @@ def test_each_type_holds_or_says_why():
         "jetmoe",  # heads that are tiled, not repeated in place
     ],
 )
-def test_type_holds(name):
-    assert _holds(capture_one(name))
+def test_typeholds(name):
+    assert holds(capture_one(name))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", HOLDING)
-def test_type_still_holds(name):
+def test_type_stillholds(name):
     outcome = capture_one(name)
-    assert _holds(outcome), outcome["reason"]
+    assert holds(outcome), outcome["reason"]
