@@ -119,6 +119,17 @@ def test_what_is_not_this_attention_stays_and_says_why(function, kv_heads, reaso
     assert count(program, aten.softmax.int) == 1
 
 
+def test_a_softmax_after_attention_is_no_candidate():
+    def routed(q, k, v, mask, past_k, past_v):
+        out, key, value = by_matmul(q, k, v, mask, past_k, past_v)
+        gates = torch.softmax(torch.nn.functional.linear(out, torch.eye(SIZE)), -1)
+        return out * gates, key, value
+
+    program = program_of(routed, *shapes())
+    report = run(program, [CleanUp(), RaiseSoftmax()], Context())
+    assert (report.rows[1].matches, report.rows[1].skipped) == (1, ())
+
+
 def test_a_softmax_over_other_things_is_no_candidate():
     def router(x):
         return (torch.softmax(x @ x.transpose(-1, -2), -1) @ x,)
