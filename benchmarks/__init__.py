@@ -3,4 +3,5 @@
 SUITES = {
     "decode": "regraft.benchmarks.decode",
     "capture": "regraft.benchmarks.capture",
+    "perplexity": "regraft.benchmarks.perplexity",
 }

@@ -1,137 +1,176 @@
-"""SmolLM2 on two threads: prefill and decode against eager transformers and torch.compile."""
+"""SmolLM2 on two threads: prefill and decode, in the rows of llama-bench."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+import os
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-import regraft
-from regraft.benchmarks.harness import Check, Result, environment, interleaved
+from regraft.benchmarks.contenders import (
+    COMPILED,
+    DENSE,
+    EAGER,
+    NAMES,
+    ONNX,
+    PROMPT,
+    QUANTIZED,
+    THREADS,
+    Contender,
+    build,
+    cache_folders,
+    generate,
+    probe_fresh,
+)
+from regraft.benchmarks.harness import (
+    Check,
+    Result,
+    environment,
+    interleaved,
+    progress,
+    threads,
+)
+from regraft.program import RegraftError
 
-EAGER, COMPILED, DENSE, QUANTIZED = "eager", "torch.compile", "regraft dense", "regraft 4-bit"
-PROMPT, CHUNK, THREADS = 512, 512, 2
-DEPTHS = (0, 1024, 8000)
+DEPTHS, ROOM = (0, 1024, 8000), 1280
+GENERATED, BLOCK, CHUNK, REPEATS = 128, 16, 512, 5
+QUICK = (EAGER, DENSE, QUANTIZED)
 
 
-class _Contender:
-    """One way to run the model: ``step`` is timed, ``fill`` only prepares a cache."""
+def run(quick: bool, onnx: Path | None = None) -> Result:
+    """Blocks of generated tokens and prompts are timed in turn, one contender after the other.
 
-    def __init__(self, step: Any, fill: Any, new_cache: Callable[[int], Any], seconds: float):
-        self.step, self.fill, self.new_cache, self.seconds = step, fill, new_cache, seconds
-
-    def filled(self, ids: torch.Tensor, depth: int, room: int) -> Any:
-        cache = self.new_cache(depth + room)
-        for start in range(0, depth, CHUNK):
-            _call(self.fill, ids[:, start : min(start + CHUNK, depth)], cache)
-        return cache
+    Seconds of compiling and peaks of memory are those of fresh processes, the first with empty
+    caches (cold), the second with what it left (warm). ``onnx`` is a folder with a model.onnx.
+    """
+    with threads(THREADS), torch.inference_mode(), tempfile.TemporaryDirectory() as scratch:
+        return _run(quick, onnx, Path(scratch))
 
 
-def run(quick: bool) -> Result:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(THREADS)
-    try:
-        with torch.inference_mode():
-            return _run(quick)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _run(quick: bool) -> Result:
+def _run(quick: bool, onnx: Path | None, scratch: Path) -> Result:
     from transformers import AutoModelForCausalLM
 
     from regraft.assets import smollm2
 
-    model = AutoModelForCausalLM.from_pretrained(smollm2(), dtype=torch.float32).eval()
-    contenders, absent = _contenders(model, quick)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, model.config.vocab_size, (1, 8192), generator=generator)
-    rows = _prefill(contenders, ids, 3 if quick else 5)
-    for depth in (1024,) if quick else DEPTHS:
-        rows += _decode(contenders, ids, depth, 10 if quick else 20)
-    for name, reason in absent.items():
-        rows.append(_row(name, f"absent: {reason}"))
+    folder = smollm2()
+    names = QUICK if quick else NAMES
+    depths = (1024,) if quick else DEPTHS
+    stages = len(names) * (1 if quick else 3) + 1 + len(depths)
+    with progress("decode", stages) as stage:
+        probes, absent = ({}, {}) if quick else _probes(names, folder, onnx, scratch, stage)
+        absent |= {name: "skipped with --quick" for name in NAMES if name not in names}
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        contenders = {}
+        with _environment({} if quick else cache_folders(scratch)):
+            for name in names:
+                stage(f"compile {name}")
+                if name not in absent:
+                    contenders[name] = build(name, model, onnx)
+            stage(f"pp{PROMPT}")
+            times = _prefill(contenders, 2 if quick else REPEATS)
+            for depth in depths:
+                stage(f"tg at {depth}")
+                times |= _decode(contenders, depth, 2 * BLOCK if quick else GENERATED)
+    rows = [_row(key, found, probes.get(key[0], {})) for key, found in times.items()]
+    rows += [_row((name, f"absent: {reason}", None), {}, {}) for name, reason in absent.items()]
     return Result(
         f"regraft bench decode{' --quick' if quick else ''}",
         environment(),
         rows,
-        _checks(model.config, contenders, rows),
-        chart="tokens/s",
+        _checks(model.config, rows),
+        chart="t/s",
     )
 
 
-def _contenders(model: Any, quick: bool) -> tuple[dict[str, _Contender], dict[str, str]]:
-    from transformers import DynamicCache
-
-    found = {EAGER: _Contender(model, model, lambda room: DynamicCache(config=model.config), 0.0)}
-    absent = {}
-    if quick:
-        absent[COMPILED] = "skipped with --quick"
-    else:
+def _probes(
+    names: tuple[str, ...],
+    folder: Path,
+    onnx: Path | None,
+    scratch: Path,
+    stage: Callable[[str], None],
+) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
+    """What a fresh process costs, and the reason of each contender that does not run."""
+    probes, absent = {}, {}
+    for name in names:
+        stage(f"cold {name}")
+        if name == ONNX and onnx is None:
+            absent[name] = "no export given (--onnx FOLDER)"
+            continue
         try:
-            found[COMPILED] = _torch_compiled(model)
-        except Exception as error:
-            absent[COMPILED] = (str(error) or type(error).__name__).splitlines()[0][:80]
-    passes = {DENSE: [], QUANTIZED: [regraft.KVQuant(bits=4)]}
-    for name, asked in passes.items():
-        start = time.perf_counter()
-        compiled = regraft.compile(model, asked)
-        seconds = time.perf_counter() - start
-        found[name] = _Contender(compiled, compiled, _cache_of(compiled), seconds)
-    return found, absent
+            cold = probe_fresh(name, folder, onnx, scratch)
+            stage(f"warm {name}")
+            warm = cold if name == EAGER else probe_fresh(name, folder, onnx, scratch)
+        except RegraftError as error:
+            absent[name] = str(error)
+            continue
+        probes[name] = {
+            "peak MiB": warm["peak MiB"],
+            "compile cold s": max(0.0, cold["first"] - cold["later"]),
+            "compile warm s": max(0.0, warm["first"] - warm["later"]),
+        }
+    return probes, absent
 
 
-def _cache_of(compiled: Any) -> Callable[[int], Any]:
-    return lambda room: compiled.new_cache()
+def _prefill(contenders: dict[str, Contender], repeats: int) -> dict:
+    ids = _ids(PROMPT)
+    caches = {name: one.new_cache(PROMPT) for name, one in contenders.items()}
+
+    def prompt(name: str) -> None:
+        caches[name].reset()
+        contenders[name].call(ids, caches[name])
+
+    timed = interleaved({name: lambda name=name: prompt(name) for name in contenders}, repeats)
+    return {
+        (name, f"pp{PROMPT}", 0): {"speeds": [PROMPT / seconds for seconds in samples]}
+        for name, samples in timed.items()
+    }
 
 
-def _torch_compiled(model: Any) -> _Contender:
-    """Its seconds are those of the first decode step; other shapes compile while warming up."""
-    from transformers import StaticCache
+def _decode(contenders: dict[str, Contender], depth: int, count: int) -> dict:
+    """``count`` greedy tokens after ``depth``, in blocks; two tokens before them go untimed."""
+    ids, caches = _fill(contenders, depth, depth + count + 2)
+    last = {name: generate(one, ids, caches[name], 2) for name, one in contenders.items()}
 
-    torch._dynamo.reset()
-    torch._dynamo.config.recompile_limit = 32
-    step = torch.compile(model, dynamic=False)
+    def block(name: str) -> None:
+        last[name] = generate(contenders[name], last[name], caches[name], BLOCK)
 
-    def new_cache(room: int) -> Any:
-        return StaticCache(config=model.config, max_cache_len=room)
-
-    cache = new_cache(CHUNK)
-    _call(model, torch.ones(1, 1, dtype=torch.long), cache)
-    start = time.perf_counter()
-    _call(step, torch.ones(1, 1, dtype=torch.long), cache)
-    return _Contender(step, model, new_cache, time.perf_counter() - start)
-
-
-def _call(model: Any, ids: torch.Tensor, cache: Any) -> None:
-    model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    turns = {name: lambda name=name: block(name) for name in contenders}
+    timed = interleaved(turns, count // BLOCK, warm=False)
+    return {
+        (name, f"tg{count}", depth): {
+            "speeds": [BLOCK / seconds for seconds in samples],
+            "kv bytes/token": _bytes(caches[name]) / (depth + count + 2),
+        }
+        for name, samples in timed.items()
+    }
 
 
-def _prefill(contenders: dict[str, _Contender], ids: torch.Tensor, rounds: int) -> list[dict]:
-    def function(contender: _Contender) -> Callable[[], None]:
-        return lambda: _call(contender.step, ids[:, :PROMPT], contender.new_cache(PROMPT))
+def _fill(contenders: dict[str, Contender], depth: int, tokens: int) -> tuple[Tensor, dict]:
+    """The next ids and caches of this depth: computed by Regraft, copied for the others."""
+    caches = {name: one.new_cache(max(tokens, ROOM)) for name, one in contenders.items()}
+    ids = _ids(depth + 1)
+    if depth:
+        layers = None
+        for name, one in sorted(contenders.items(), key=lambda item: item[0] != DENSE):
+            if one.take is not None and layers is not None:
+                one.take(caches[name], layers)
+                continue
+            for start in range(0, depth, CHUNK):
+                one.call(ids[:, start : min(start + CHUNK, depth)], caches[name])
+            if name == DENSE:
+                layers = [(layer.key, layer.value) for layer in caches[name].state.layers]
+    return ids[:, -1:], caches
 
-    timed = interleaved({name: function(one) for name, one in contenders.items()}, rounds)
-    return [
-        _row(name, f"pp{PROMPT}", 0, PROMPT, timed[name][0], timed[name][1], None, one.seconds)
-        for name, one in contenders.items()
-    ]
 
-
-def _decode(contenders: dict[str, _Contender], ids: torch.Tensor, depth: int, rounds: int) -> list:
-    caches = {name: one.filled(ids, depth, rounds + 1) for name, one in contenders.items()}
-
-    def function(name: str) -> Callable[[], None]:
-        return lambda: _call(contenders[name].step, ids[:, -1:], caches[name])
-
-    timed = interleaved({name: function(name) for name in contenders}, rounds)
-    rows = []
-    for name, one in contenders.items():
-        size = _bytes(caches[name]) / (depth + rounds + 1)
-        rows.append(_row(name, "tg", depth, 1, timed[name][0], timed[name][1], size, one.seconds))
-    return rows
+def _ids(count: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(3, 256, (1, 8192), generator=generator)[:, :count]
 
 
 def _bytes(cache: Any) -> int:
@@ -140,46 +179,55 @@ def _bytes(cache: Any) -> int:
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
-def _row(
-    model: str,
-    test: str,
-    depth: int | None = None,
-    tokens: int = 1,
-    ms: float | None = None,
-    sd: float | None = None,
-    cache: float | None = None,
-    seconds: float | None = None,
-) -> dict[str, Any]:
+@contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _row(key: tuple, found: dict[str, Any], cost: dict[str, float]) -> dict[str, Any]:
+    speeds = found.get("speeds")
     return {
-        "model": model,
-        "test": test,
-        "depth": depth,
-        "ms": ms,
-        "tokens/s": None if ms is None else 1000 * tokens / ms,
-        "sd": sd,
-        "kv bytes/token": cache,
-        "compile s": seconds,
+        "model": key[0],
+        "test": key[1],
+        "depth": key[2],
+        "t/s": statistics.median(speeds) if speeds else None,
+        "± sd": statistics.stdev(speeds) if speeds else None,
+        "kv bytes/token": found.get("kv bytes/token"),
+        "peak MiB": cost.get("peak MiB"),
+        "compile cold s": cost.get("compile cold s"),
+        "compile warm s": cost.get("compile warm s"),
     }
 
 
-def _checks(config: Any, contenders: dict[str, _Contender], rows: list[dict]) -> list[Check]:
-    ms = {(row["model"], row["test"], row["depth"]): row["ms"] for row in rows}
+def _checks(config: Any, rows: list[dict]) -> list[Check]:
+    speed = {(row["model"], row["test"][:2], row["depth"]): row["t/s"] for row in rows}
     kept = {(row["model"], row["depth"]): row["kv bytes/token"] for row in rows}
+    cost = {row["model"]: (row["compile cold s"], row["compile warm s"]) for row in rows}
     half = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2
+    deepest = DEPTHS[-1]
 
-    def speedup(over: str, test: str, depth: int) -> float | None:
-        theirs, ours = ms.get((over, test, depth)), ms.get((DENSE, test, depth))
-        return theirs / ours if theirs and ours else None
+    def gain(over: str, test: str, depth: int) -> float | None:
+        ours, theirs = speed.get((DENSE, test, depth)), speed.get((over, test, depth))
+        return ours / theirs if ours and theirs else None
 
-    deep = kept.get((QUANTIZED, DEPTHS[-1]))
-    slowest = max(contenders[DENSE].seconds, contenders[QUANTIZED].seconds)
-    prefill = f"pp{PROMPT}"
+    deep = kept.get((QUANTIZED, deepest))
+    cold, warm = cost[DENSE]
     return [
-        Check.at_least("decode at 1K, dense / eager", speedup(EAGER, "tg", 1024), 1.5),
-        Check.at_least("decode at 1K, dense / torch.compile", speedup(COMPILED, "tg", 1024), 1.4),
-        Check.at_least("decode at 8K, dense / eager", speedup(EAGER, "tg", DEPTHS[-1]), 1.5),
-        Check.at_least("prefill, dense / eager", speedup(EAGER, prefill, 0), 1.0),
-        Check.at_least("prefill, dense / torch.compile", speedup(COMPILED, prefill, 0), 1.0),
-        Check.at_most("compile seconds", slowest, 30),
+        Check.at_least("decode at 1K, dense / eager", gain(EAGER, "tg", 1024), 1.5),
+        Check.at_least("decode at 1K, dense / torch.compile", gain(COMPILED, "tg", 1024), 1.4),
+        Check.at_least("decode at 8K, dense / eager", gain(EAGER, "tg", deepest), 1.5),
+        Check.at_least("prefill, dense / eager", gain(EAGER, "pp", 0), 1.0),
+        Check.at_least("prefill, dense / torch.compile", gain(COMPILED, "pp", 0), 1.0),
+        Check.at_most("compile seconds, cold", cold, 30),
+        Check.at_most("compile seconds, warm", warm, 5),
         Check.at_most("4-bit cache at 8K / float16", deep / half if deep else None, 0.3),
     ]

@@ -7,10 +7,12 @@ import io
 import json
 import os
 import platform
-import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -108,11 +110,9 @@ def _table(rows: list[dict[str, Any]]) -> str:
 def _cell(value: Any) -> str:
     if value is None:
         return "-"
-    return (
-        f"{value:.3g}"
-        if isinstance(value, float) and abs(value) < 100
-        else (f"{value:.0f}" if isinstance(value, float) else str(value))
-    )
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"
+    return str(value)
 
 
 def environment() -> dict[str, Any]:
@@ -134,6 +134,19 @@ def environment() -> dict[str, Any]:
     }
 
 
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """torch on this many threads."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _cpu_model() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -143,15 +156,28 @@ def _cpu_model() -> str:
     return next(names, platform.processor())
 
 
+@contextmanager
+def progress(title: str, total: int) -> Iterator[Callable[[str], None]]:
+    """A bar on stderr; the function it gives begins the next of ``total`` stages."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(file=sys.stderr)) as bar:
+        task = bar.add_task(title, total=total)
+        done = count()
+        yield lambda stage: bar.update(task, completed=next(done), description=f"{title}: {stage}")
+        bar.update(task, completed=total, description=title)
+
+
 def interleaved(
-    functions: dict[str, Callable[[], Any]], rounds: int
-) -> dict[str, tuple[float, float]]:
-    """Median and standard deviation in milliseconds; each function runs once before timing."""
+    functions: dict[str, Callable[[], Any]], rounds: int, warm: bool = True
+) -> dict[str, list[float]]:
+    """Seconds of each function's turns, one after the other a round; warm: a first one untimed."""
     samples: dict[str, list[float]] = {name: [] for name in functions}
-    for turn in range(rounds + 1):
+    for turn in range(rounds + warm):
         for name, function in functions.items():
             start = time.perf_counter()
             function()
-            if turn:
-                samples[name].append(1000 * (time.perf_counter() - start))
-    return {name: (statistics.median(s), statistics.pstdev(s)) for name, s in samples.items()}
+            if turn or not warm:
+                samples[name].append(time.perf_counter() - start)
+    return samples

@@ -7,29 +7,34 @@ cache layers registered; nothing is patched and no architecture is special.
 from __future__ import annotations
 
 import inspect
+import threading
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, fx
-from torch._dynamo.source import LocalSource
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+from regraft.frontends.opaque import around_data
+from regraft.frontends.recurrent import Trial, capture_recurrent
+from regraft.frontends.states import CapturedLayer, is_recurrent
+from regraft.frontends.tracing import trace
+from regraft.frontends.trial import agree
 from regraft.kernels import ops  # noqa: F401  registers the regraft:: operators
 from regraft.program import CacheSpec, LayerState, Program, RegraftError, TensorSpec
 
 BATCH, QUERIES, PAST = 2, 3, 7
+_one_at_a_time = threading.Lock()
 
 
 def _attention(module, q, k, v, attention_mask=None, scaling=None, dropout=0.0, **kwargs):
     scale = scaling if scaling is not None else q.shape[-1] ** -0.5
     softcap = kwargs.get("softcap") or 0.0
-    sinks = kwargs.get("s_aux")
+    sinks = kwargs.get("s_aux", kwargs.get("sinks"))
     mask, bias = attention_mask, kwargs.get("position_bias")
     if bias is not None:
         mask = bias if mask is None else _biased(mask, bias)
@@ -48,7 +53,7 @@ def _biased(mask: Tensor, bias: Tensor) -> Tensor:
 
 def _trial(mode: Any):
     """Forget the sizes that a failed evaluation on fake tensors leaves behind."""
-    if mode is None or mode.shape_env is None:
+    if not isinstance(mode, FakeTensorMode) or mode.shape_env is None:
         return nullcontext()
     return mode.shape_env.ignore_fresh_unbacked_symbols()
 
@@ -85,20 +90,6 @@ def _mask(batch_size, q_length, kv_length, q_offset=0, kv_offset=0, **kwargs):
 
 AttentionInterface.register("regraft", _attention)
 AttentionMaskInterface.register("regraft", _mask)
-
-
-class CapturedLayer(DynamicLayer):
-    """A cache layer that leaves one ``regraft::kv_update`` for keys and one for values."""
-
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        super().__init__()
-        self.keys, self.values = keys, values
-        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        self.keys = torch.ops.regraft.kv_update(self.keys, key_states)
-        self.values = torch.ops.regraft.kv_update(self.values, value_states)
-        return self.keys, self.values
 
 
 class _Step(torch.nn.Module):
@@ -142,15 +133,12 @@ def _state_shapes(model: PreTrainedModel) -> list[tuple[Tensor, Tensor]]:
     model(input_ids=ids, attention_mask=mask, past_key_values=Cache(layers=layers), use_cache=True)
     used = [hasattr(layer, "sample") for layer in layers]
     if not any(used):
-        raise RegraftError(
-            f"{type(model).__name__} keeps no attention cache through transformers' Cache: "
-            "it cannot be compiled as a cached decoder"
-        )
+        return []
     last = max(i for i, use in enumerate(used) if use)
     if not all(used[: last + 1]):
         raise RegraftError(
-            f"{type(model).__name__} mixes attention with recurrent layers (layer "
-            f"{used.index(False)} keeps no keys): hybrid caches are not supported yet"
+            f"{type(model).__name__} keeps no keys for layer {used.index(False)}: give it a "
+            "configuration whose layer_types say so"
         )
     return [layer.sample for layer in layers[: last + 1]]
 
@@ -199,45 +187,33 @@ def close(wanted: Tensor, found: Tensor) -> bool:
     return bool((wanted.float() - found.float()).abs().max().item() <= limit * max(scale, 1e-6))
 
 
-def _fake(mode: FakeTensorMode, tensor: Tensor, dynamic: tuple[int, ...], name: str) -> Tensor:
-    sizes = [DimDynamic.DYNAMIC if i in dynamic else DimDynamic.STATIC for i in range(tensor.dim())]
-    context = StatelessSymbolicContext(dynamic_sizes=sizes)
-    return mode.from_tensor(tensor, symbolic_context=context, source=LocalSource(name))
-
-
 def capture(model: PreTrainedModel) -> Program:
-    """Program of one step: prefill, decode and verification are the same graph.
+    """Program of one step: prefill, decode and verification are the same graph, except for
+    models with recurrent layers (see ``capture_recurrent``).
 
     Inputs: input_ids [batch_size, sequence_length], attention_mask [batch_size,
     total_sequence_length], position_ids, logits_to_keep [kept], and per layer
     past_key_values.{i}.key and .value [batch_size, heads, past_sequence_length, head_dim].
     Outputs: logits [batch_size, kept, vocab] and present.{i}.key and .value.
     """
-    with torch.no_grad(), registered(model):
-        shapes = _state_shapes(model)
-        inputs, examples, dynamic = _signature(model, shapes)
-        mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-        fakes = [
-            _fake(mode, example, dims, spec.name)
-            for spec, example, dims in zip(inputs, examples, dynamic, strict=True)
-        ]
-        step = _Step(model)
-        try:
-            with mode:
-                module = make_fx(
-                    step, pre_dispatch=True, record_module_stack=True, _allow_non_fake_inputs=True
-                )(*fakes)
-        except Exception as error:
-            raise RegraftError(
-                f"{type(model).__name__} could not be captured: {type(error).__name__}: "
-                f"{str(error).splitlines()[0] if str(error) else ''}"
-            ) from error
-    fixed = {
-        str(symbol): int(v) for symbol, v in mode.shape_env.replacements.items() if v.is_number
-    }
-    if fixed:
-        raise RegraftError(f"{type(model).__name__} fixes dynamic sizes: {fixed}")
-    names = _name_constants(module, step)
+    with _one_at_a_time:
+        return around_data(model, lambda: _capture(model))
+
+
+def _capture(model: PreTrainedModel) -> Program:
+    with torch.no_grad():
+        if not is_recurrent(model):
+            with registered(model):
+                if shapes := _state_shapes(model):
+                    return _capture_attention(model, shapes)
+        trial = Trial(model)
+        with registered(model):
+            return capture_recurrent(model, trial)
+
+
+def _capture_attention(model: PreTrainedModel, shapes: list[tuple[Tensor, Tensor]]) -> Program:
+    inputs, examples, dynamic = _signature(model, shapes)
+    module, names, _ = trace(_Step(model), inputs, examples, dynamic)
     outputs = [TensorSpec("logits", ("batch_size", "kept", "vocab"), model.dtype, "logits")]
     for spec in inputs[4:]:
         name = spec.name.replace("past_key_values", "present")
@@ -245,9 +221,11 @@ def capture(model: PreTrainedModel) -> Program:
         outputs.append(TensorSpec(name, shape, spec.dtype, "cache"))
     layers = tuple(LayerState() for _ in shapes)
     metadata = {"parameters": names}
-    return Program(
+    program = Program(
         module, tuple(inputs), tuple(outputs), CacheSpec(layers), tuple(examples), metadata
     )
+    agree(model, program)
+    return program
 
 
 def _signature(model, shapes):
@@ -278,18 +256,3 @@ def _signature(model, shapes):
             examples.append(past)
             dynamic.append((0, 2))
     return inputs, examples, dynamic
-
-
-def _name_constants(module: fx.GraphModule, step: torch.nn.Module) -> dict[str, str]:
-    """Give parameters and buffers the names that they have in the model: {attribute: name}."""
-    names = {}
-    known = {id(t): n for n, t in [*step.model.named_buffers(), *step.model.named_parameters()]}
-    for node in module.graph.find_nodes(op="get_attr"):
-        value = getattr(module, node.target, None)
-        if id(value) in known:
-            name = known[id(value)].replace(".", "_")
-            names[name] = known[id(value)]
-            setattr(module, name, value)
-            node.target = name
-    module.recompile()
-    return names

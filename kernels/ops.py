@@ -1,5 +1,8 @@
 """The ``regraft::`` operators that graphs hold, with their reference bodies and shapes."""
 
+from collections.abc import Callable
+from weakref import WeakValueDictionary
+
 import torch
 from torch import Tensor
 
@@ -7,6 +10,8 @@ from regraft.kernels.attention.reference import attention
 from regraft.kernels.rotary.reference import rotate
 
 _library = torch.library.Library("regraft", "DEF")
+modules: WeakValueDictionary[int, Callable[..., Tensor]] = WeakValueDictionary()
+"""What ``regraft::module`` calls, by number, while something else keeps it alive."""
 
 
 def _define(schema: str, body, fake) -> None:
@@ -81,6 +86,11 @@ _define(
     "SymInt batch) -> Tensor",
     causal_mask,
     _mask_fake,
+)
+_define(
+    "module(Tensor[] inputs, int number) -> Tensor",
+    lambda inputs, number: modules[number](*inputs),
+    lambda inputs, number: torch.empty_like(inputs[0]),
 )
 _define(
     "cached_attention(Tensor q, Tensor k, Tensor v, Tensor past_key, Tensor past_value, "

@@ -6,9 +6,17 @@ from regraft.passes.fuse_linear import FuseLinear
 from regraft.passes.kvquant import KVQuant
 from regraft.passes.outline import OutlineLayers
 from regraft.passes.raise_attention import RaiseAttention
+from regraft.passes.raise_latent import RaiseLatent
 from regraft.passes.raise_sdpa import RaiseSdpa
+from regraft.passes.raise_softmax import RaiseSoftmax
 
-DEFAULT: tuple[Pass, ...] = (CleanUp(), RaiseAttention(), FuseLinear())
+DEFAULT: tuple[Pass, ...] = (
+    CleanUp(),
+    RaiseSoftmax(),
+    RaiseLatent(),
+    RaiseAttention(),
+    FuseLinear(),
+)
 """What every compiled model gets before the passes that the user asked for."""
 
 STATELESS: tuple[Pass, ...] = (CleanUp(), RaiseSdpa(), FuseLinear())
@@ -29,6 +37,8 @@ __all__ = [
     "Pass",
     "PassResult",
     "RaiseAttention",
+    "RaiseLatent",
+    "RaiseSoftmax",
     "RaiseSdpa",
     "pass_named",
     "registry",

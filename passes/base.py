@@ -77,32 +77,54 @@ def run(
 ) -> Report:
     """Apply passes in order, in place. Each is verified, timed and its error measured.
 
-    A pass in ``required`` that matches nothing is an error that names the reasons.
+    A pass applies to the program and to its prefill; the report tells of the former. A pass in
+    ``required`` that matches nothing is an error that names the reasons.
     """
     report = Report()
-    reference = program(*program.examples) if program.examples else ()
+    parts = list(program.parts.values())
+    references = [part(*part.examples) if part.examples else () for part in parts]
     for index, step in enumerate(passes):
         name = type(step).__name__
         before = len(program.graph.nodes)
         start = time.perf_counter()
-        result = step.apply(program, context)
-        program.graph.eliminate_dead_code()
-        program.graph_module.recompile()
+        result, *_ = [_apply(step, part, context) for part in parts]
         seconds = time.perf_counter() - start
-        program.verify()
         if not result.matches and any(step is asked for asked in required):
             reasons = "; ".join(f"{where}: {why}" for where, why in result.skipped[:3])
             raise RegraftError(f"{name} matched nothing. {reasons or 'No candidate in the graph.'}")
         error = None
-        if step.tolerance is not None and reference:
-            error = _error(name, step.tolerance, reference, program)
+        if step.tolerance is not None and references[0]:
+            pairs = zip(references, parts, strict=True)
+            error = max(_error(name, step.tolerance, r, part) for r, part in pairs)
         after = len(program.graph.nodes)
         report.rows.append(Row(name, result.matches, result.skipped, before, after, seconds, error))
         if dump_dir is not None:
             folder = Path(dump_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"{index + 1:02d}_{name}.txt").write_text(program.text())
+            for prefix, part in program.parts.items():
+                (folder / f"{index + 1:02d}_{prefix}{name}.txt").write_text(part.text())
+    _share_stacked(program)
     return report
+
+
+def _apply(step: Pass, program: Program, context: Context) -> PassResult:
+    result = step.apply(program, context)
+    program.graph.eliminate_dead_code()
+    program.graph_module.recompile()
+    program.verify()
+    return result
+
+
+def _share_stacked(program: Program) -> None:
+    """Weights that the program and its prefill stack alike are the same tensors."""
+    made: dict[tuple[str, ...], Any] = {}
+    for part in program.parts.values():
+        known = part.metadata.get("parameters", {})
+        for name, sources in part.metadata.get("stacked", {}).items():
+            if all(source in known for source in sources):
+                key = tuple(known[source] for source in sources)
+                tensor = made.setdefault(key, getattr(part.graph_module, name))
+                setattr(part.graph_module, name, tensor)
 
 
 def _error(name: str, tolerance: float, reference: Sequence[Any], program: Program) -> float:

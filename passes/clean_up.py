@@ -1,11 +1,14 @@
 """Remove what capture leaves behind and computes nothing."""
 
+import sys
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
 from regraft.passes.base import Context, Pass, PassResult
+from regraft.passes.filled import concatenate_filled
+from regraft.passes.sizes import Sizes
 from regraft.program import Program
 
 aten = torch.ops.aten
@@ -14,13 +17,15 @@ CASTS = (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.defa
 
 @dataclass(frozen=True)
 class CleanUp(Pass):
-    """x.to(x.dtype) -> x;  x * 1.0 -> x;  dropout(x, p, False) -> x;  f(x), f(x) -> f(x)    exact
+    """x.to(x.dtype) -> x;  x * 1.0 -> x;  x[:] -> x;  dropout(x, p, False) -> x    exact
 
-    Gradient switches and assertions on metadata go; repeated pure operators become one.
+    Gradient switches and assertions on metadata go; repeated pure operators become one;
+    sizes of intermediate results become sizes of inputs; buffers filled slice by slice become
+    concatenations.
     """
 
     def apply(self, program: Program, context: Context) -> PassResult:
-        matches = 0
+        matches = Sizes(program).simplify() + concatenate_filled(program.graph)
         seen: dict[tuple, fx.Node] = {}
         mutated = any(_mutates(node) for node in program.graph.nodes)
         for node in list(program.graph.nodes):
@@ -65,6 +70,9 @@ def _identity(node: fx.Node) -> fx.Node | None:
     if node.target in CASTS:
         same = value.dtype == result.dtype and value.device == result.device
         return source if same and "copy" not in node.kwargs else None
+    if node.target == aten.slice.Tensor and len(node.args) < 5:
+        whole = node.args[2:] in ((), (0,), (0, sys.maxsize), (None, sys.maxsize))
+        return source if whole else None
     if node.target == aten.mul.Tensor and node.args[1] == 1.0 and value.dtype == result.dtype:
         return source
     if node.target == aten.dropout.default and not node.args[2]:

@@ -12,11 +12,14 @@ from torch.fx.passes.tools_common import legalize_graph
 
 from regraft.passes.base import Context, Pass, PassResult
 from regraft.program import Program
+from regraft.program.program import source_of
 
 aten = torch.ops.aten
 BOUNDARIES = (
     torch.ops.regraft.cached_attention.default,
     torch.ops.regraft.attention.default,
+    torch.ops.regraft.kv_update.default,
+    torch.ops.regraft.module.default,
     aten.scaled_dot_product_attention.default,
 )
 
@@ -33,6 +36,9 @@ class OutlineLayers(Pass):
     least: int = 2
 
     def apply(self, program: Program, context: Context) -> PassResult:
+        if changing := [node for node in program.graph.nodes if _mutates(node)]:
+            where = source_of(changing[0])
+            return PassResult(0, ((where, f"{changing[0].name} changes a tensor in place"),))
         groups: dict[tuple, list[_Region]] = defaultdict(list)
         for nodes in _levels(program.graph):
             if region := _Region.of(nodes, program.graph_module):
@@ -47,6 +53,11 @@ class OutlineLayers(Pass):
         if repeated:
             legalize_graph(program.graph_module)
         return PassResult(sum(map(len, repeated)))
+
+
+def _mutates(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return bool(schema is not None and schema.is_mutable)
 
 
 def _levels(graph: fx.Graph) -> list[list[fx.Node]]:

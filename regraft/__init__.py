@@ -12,6 +12,7 @@ if (_checkout / "kernels").is_dir() and (_checkout / "passes").is_dir():
 
 _public = {
     "compile": "regraft.compiler",
+    "load": "regraft.compiler",
     "Compiled": "regraft.runtime.causal_lm",
     "Program": "regraft.program",
     "Pass": "regraft.passes.base",
@@ -20,6 +21,7 @@ _public = {
     "RaiseAttention": "regraft.passes.raise_attention",
     "FuseLinear": "regraft.passes.fuse_linear",
     "CleanUp": "regraft.passes.clean_up",
+    "OutlineLayers": "regraft.passes.outline",
     "KVQuant": "regraft.passes.kvquant",
 }
 __all__ = sorted(_public)

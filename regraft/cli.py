@@ -50,7 +50,7 @@ def demo() -> None:
     compiled = _compile(model, _passes("4"))
     out.print(compiled.report.table())
     cache = _generate(compiled, tokenizer, PROMPT, 48)
-    per_token = _dense_bytes(compiled, 2)
+    per_token = compiled.program.cache_bytes(2)
     _memory(cache.state.length, cache.nbytes, per_token)
     _memory(DEEP, _cache_bytes(compiled, DEEP), per_token)
 
@@ -88,7 +88,7 @@ def inspect(
     for row in compiled.report.rows:
         for where, reason in row.skipped[:4]:
             out.print(f"{row.name} skipped {where}: {reason}", markup=False)
-    kept, dense = _cache_bytes(compiled, DEEP) / DEEP, _dense_bytes(compiled, 2)
+    kept, dense = _cache_bytes(compiled, DEEP) / DEEP, compiled.program.cache_bytes(2)
     out.print(f"{compiled!r}", markup=False)
     out.print(f"cache: {kept:,.0f} bytes a token at {DEEP} tokens (float16 dense: {dense:,})")
 
@@ -111,10 +111,11 @@ def passes() -> None:
 
 @app.command()
 def bench(
-    suite: str = typer.Argument(..., help="decode or capture."),
+    suite: str = typer.Argument(..., help="capture, decode or perplexity."),
     quick: bool = typer.Option(False, "--quick", help="A subset, in about a minute."),
     json: Path | None = typer.Option(None, "--json", help="Write JSON here, .md and .png beside."),
     output: str = typer.Option("md", "--output", "-o", help="md, json or csv on stdout."),
+    onnx: Path | None = typer.Option(None, "--onnx", help="decode: a folder with a model.onnx."),
 ) -> None:
     """Run a benchmark suite."""
     from regraft import RegraftError
@@ -124,8 +125,11 @@ def bench(
         raise RegraftError(f"unknown suite {suite!r}: {', '.join(SUITES)}")
     if output not in ("md", "json", "csv"):
         raise RegraftError(f"unknown output {output!r}: md, json or csv")
+    if onnx is not None and suite != "decode":
+        raise RegraftError("--onnx belongs to the suite decode")
     _hush()
-    result = import_module(SUITES[suite]).run(quick)
+    options = {"onnx": onnx} if onnx is not None else {}
+    result = import_module(SUITES[suite]).run(quick, **options)
     if json is not None:
         result.write(json)
     texts = {"md": result.to_markdown, "json": result.to_json, "csv": result.to_csv}
@@ -166,10 +170,7 @@ def _load(name: str, tokenizer: bool = True) -> tuple[Any, Any]:
 
         _hush()
     if name == "smollm2":
-        try:
-            folder = smollm2()
-        except RuntimeError as error:
-            raise RegraftError(str(error)) from error
+        folder = smollm2()
     else:
         folder = Path(name)
         if not (folder / "config.json").is_file():
@@ -230,10 +231,6 @@ def _memory(tokens: int, kept: int, dense: int) -> None:
 
 def _states(program: Any) -> list[Any]:
     return [spec for spec in program.inputs if spec.role == "cache"]
-
-
-def _dense_bytes(compiled: Any, size: int) -> int:
-    return sum(size * spec.shape[1] * spec.shape[3] for spec in _states(compiled.program))
 
 
 def _cache_bytes(compiled: Any, tokens: int) -> int:

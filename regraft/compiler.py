@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -54,7 +53,7 @@ class _Pipeline:
         return report
 
     def compile_regions(self, program: Program, regions: Any) -> None:
-        if self.target != "reference" and os.environ.get("REGRAFT_INDUCTOR") != "0":
+        if self.target != "reference":
             compile_regions(program, regions, cache_dir() / "regions")
 
 
@@ -128,7 +127,6 @@ def _compile_seq2seq(model: Any, pipeline: _Pipeline) -> Any:
     )
     kind = type(type(model).__name__, (CompiledSeq2Seq, generation_class(model)), {})
     compiled = kind(encoder, cross, step, report, model)
-    pipeline.compile_regions(encoder, compiled.encoder.regions)
     pipeline.compile_regions(step, compiled.regions)
     return compiled
 
@@ -164,7 +162,6 @@ def _compile_module(
         compiled = CompiledEncoder(program, report, model)
     else:
         compiled = CompiledModule(program, report)
-    pipeline.compile_regions(program, compiled.regions)
     return compiled
 
 
@@ -175,6 +172,13 @@ def _check_target(model: Any, target: str) -> None:
     device = next((weight.device for weight in weights), torch.device("cpu"))
     if target != "reference" and device.type != target:
         raise RegraftError(f"the model is on {device}, the target is {target}: move the model")
+
+
+def load(folder: str | Path) -> Compiled:
+    """The compiled model that ``Compiled.save`` wrote; RegraftError where it is damaged."""
+    from regraft.runtime.artefact import load
+
+    return load(folder)
 
 
 def read_recipe(path: str | Path) -> list[Pass]:

@@ -23,13 +23,15 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig
 
 from regraft.program import RegraftError
+from regraft.program.folders import cache_dir
 from regraft.program.serialize import (
     program_from_json,
+    program_tensors,
     program_to_json,
     report_from_json,
     report_to_json,
-    tensors_of,
 )
+from regraft.runtime.regions import compile_regions
 
 if TYPE_CHECKING:
     from regraft.runtime.causal_lm import Compiled
@@ -60,16 +62,13 @@ def save(compiled: Compiled, folder: str | Path) -> None:
 
 
 def _write(compiled: Compiled, folder: Path) -> None:
-    weights, same = _unshared(tensors_of(compiled.program.graph_module))
+    weights, same = _unshared(program_tensors(compiled.program))
     save_file(weights, folder / WEIGHTS)
     compiled.config.save_pretrained(folder)
     compiled.generation_config.save_pretrained(folder)
-    regions: dict[str, dict[str, str]] = {}
-    for name, region in compiled.regions.items():
-        for variant, path in region.files.items():
-            if path.is_file():
-                shutil.copy(path, folder / "regions" / path.name)
-                regions.setdefault(name, {})[variant] = path.name
+    for region in compiled.regions.values():
+        if region.compiled:
+            shutil.copy(region.file, folder / "regions")
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     head = {
         "format": "regraft",
@@ -79,7 +78,6 @@ def _write(compiled: Compiled, folder: Path) -> None:
         "program": program_to_json(compiled.program),
         "report": report_to_json(compiled.report),
         "same": same,
-        "regions": regions,
         "files": {str(path.relative_to(folder)): _digest(path) for path in files},
     }
     text = json.dumps(head)
@@ -115,8 +113,7 @@ def load(folder: str | Path, device: str = "cpu") -> Compiled:
         compiled = kind(program, report_from_json(head["report"]), source)
     except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
         raise RegraftError(f"{folder} is no sound artefact: {error}") from error
-    saved = {name: folder / "regions" for name in head["regions"]}
-    compiled.compile_regions(saved and folder / "regions")
+    compile_regions(program, compiled.regions, cache_dir() / "regions", folder / "regions")
     return compiled
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,19 +12,28 @@ from transformers import Cache, GenerationMixin, PretrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from regraft.program import Program, RegraftError, Report
+from regraft.runtime.artefact import save
 from regraft.runtime.cache import CacheState
-from regraft.runtime.lower import lower, new_cache
+from regraft.runtime.lower import new_cache
+from regraft.runtime.steps import Steps
 
 
 class SessionCache(Cache):
-    """transformers' view of a CacheState: it can be cropped and reordered."""
+    """transformers' view of a CacheState: it can be cropped and reordered.
 
-    is_croppable = True
+    With recurrent states only the last few steps can be taken back, so it does not call itself
+    croppable.
+    """
+
     is_compileable = False
 
     def __init__(self, state: CacheState) -> None:
         super().__init__(layers=[])
         self.state = state
+
+    @property
+    def is_croppable(self) -> bool:
+        return self.state.states is None
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.state.length
@@ -76,7 +86,8 @@ class Compiled(GenerationMixin):
         self.generation_config = copy.deepcopy(model.generation_config)
         self.device, self.dtype = model.device, model.dtype
         self.name_or_path = getattr(model, "name_or_path", "")
-        self._run, self.regions = lower(program)
+        self._run = Steps(program)
+        self.regions = self._run.regions
 
     def __repr__(self) -> str:
         formats = sorted({layer.format for layer in self.program.cache.layers})
@@ -85,8 +96,12 @@ class Compiled(GenerationMixin):
             f"{len(self.program.graph.nodes)} nodes, cache: {'+'.join(formats)})"
         )
 
+    def save(self, folder: str | Path) -> None:
+        """Write an artefact that ``regraft.load`` reads: weights, graph, compiled regions."""
+        save(self, folder)
+
     def new_cache(self) -> SessionCache:
-        return SessionCache(new_cache(self.program.cache.layers))
+        return SessionCache(new_cache(self.program.cache))
 
     @torch.no_grad()
     def forward(

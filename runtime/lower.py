@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
+from operator import getitem
 
 import torch
 from torch import Tensor, fx
 
 from regraft.kernels.linear.reference import linear
 from regraft.kernels.ops import causal_mask
-from regraft.program import LayerState, Program, RegraftError
-from regraft.program.program import source_of
+from regraft.program import CacheSpec, LayerState, Program, RegraftError
+from regraft.program.serialize import submodule
 from regraft.runtime.cache import CacheState, DenseLayer, QuantizedLayer, RotationTable
-from regraft.runtime.regions import Region, variant_of
+from regraft.runtime.recurrent import RecurrentStates
+from regraft.runtime.regions import Region, is_decode
 
 regraft = torch.ops.regraft
 
@@ -24,36 +27,39 @@ def lower(program: Program) -> tuple[fx.GraphModule, dict[str, Region]]:
     """
     lowered = program.copy()
     graph = lowered.graph
-    left = [
-        node
-        for node in graph.find_nodes(op="call_function", target=regraft.attention.default)
-        if node.args[1].target == regraft.kv_update.default
-    ]
-    if left:
-        raise RegraftError(
-            f"attention at {source_of(left[0])} was not raised, so its cache cannot be kept in "
-            "place; the report of RaiseAttention says why"
-        )
     placeholders = graph.find_nodes(op="placeholder")
-    past = placeholders[len(placeholders) - 2 * len(program.cache.layers) :]
+    for first, second in pairwise(placeholders):
+        first.append(second)
+    roles = list(zip(placeholders, program.inputs, strict=True))
+    past = [node for node, spec in roles if spec.role == "cache"]
+    states = [node for node, spec in roles if spec.role == "state"]
     with graph.inserting_after(placeholders[-1]):
         cache = graph.placeholder("cache")
+    if states:
+        _lower_states(graph, cache, placeholders[0], states)
+    output = graph.output_node()
+    output.args = (output.args[0][0],)  # type: ignore[index]
+    graph.eliminate_dead_code()
     with graph.inserting_after(cache):
         length = graph.call_function(_length, (cache,))
-    raised = graph.find_nodes(op="call_function", target=regraft.cached_attention.default)
-    for index, node in enumerate(raised):
-        _lower_attention(graph, node, cache, index)
+    slots = {node: divmod(i, 2) for i, node in enumerate(past)}
+    owned = set()
+    for node in graph.find_nodes(op="call_function", target=regraft.cached_attention.default):
+        owned.update(node.args[3:5])
+        _lower_attention(graph, node, cache, slots[node.args[3]][0])
+    for node in graph.find_nodes(op="call_function", target=regraft.kv_update.default):
+        past_state, new = node.args
+        node.target = _joined if past_state in owned else _update
+        node.args = (cache, *slots[past_state], new)
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.sym_size.int):
         if node.args[0] in past and node.args[1] == 2:
             node.replace_all_uses_with(length)
             graph.erase_node(node)
     for node in graph.find_nodes(op="call_function", target=regraft.causal_mask.default):
-        if all(user.target is _attend for user in node.users):
+        if all(user.target in (_attend, regraft.attention.default) for user in node.users):
             node.target = _mask
     take_linear(graph)
     regions = _lower_regions(lowered.graph_module, placeholders[0])
-    output = graph.output_node()
-    output.args = (output.args[0][0],)  # type: ignore[index]
     graph.eliminate_dead_code()
     for node in past:
         if node.users:
@@ -81,16 +87,16 @@ def _lower_regions(module: fx.GraphModule, ids: fx.Node) -> dict[str, Region]:
     calls = module.graph.find_nodes(op="call_module")
     if calls:
         with module.graph.inserting_after(ids):
-            variant = module.graph.call_function(variant_of, (ids,))
+            decode = module.graph.call_function(is_decode, (ids,))
     for node in calls:
         name = str(node.target)
         if name not in regions:
-            operators = copy.deepcopy(module.get_submodule(name))
+            operators = copy.deepcopy(submodule(module, name))
             take_linear(operators.graph)
             operators.recompile()
             regions[name] = Region(operators)
             module.add_submodule(name, regions[name])
-        node.args = (variant, *node.args)
+        node.args = (decode, *node.args)
     return regions
 
 
@@ -117,10 +123,36 @@ def _lower_attention(graph: fx.Graph, node: fx.Node, cache: fx.Node, index: int)
     for user in list(node.users):
         if user.args[1] == 0:
             user.replace_all_uses_with(out)
+            graph.erase_node(user)
         else:
-            user.replace_all_uses_with(None)  # type: ignore[arg-type]
-        graph.erase_node(user)
+            user.target = _present
+            user.args = (cache, index, user.args[1] - 1, out, table, style == "interleaved", offset)
     graph.erase_node(node)
+
+
+def _lower_states(graph: fx.Graph, cache: fx.Node, ids: fx.Node, past: list[fx.Node]) -> None:
+    """Past states are read from the cache at the start, present ones written at the end."""
+    with graph.inserting_after(cache):
+        read = graph.call_function(_read_states, (cache, ids))
+    for index, node in reversed(list(enumerate(past))):
+        with graph.inserting_after(read):
+            state = graph.call_function(getitem, (read, index))
+        state.meta = dict(node.meta)
+        node.replace_all_uses_with(state)
+        graph.erase_node(node)
+    output = graph.output_node()
+    written = list(output.args[0][-len(past) :])  # type: ignore[index]
+    with graph.inserting_before(output):
+        graph.call_function(_write_states, (cache, ids, written))
+
+
+def _read_states(cache: CacheState, ids: Tensor) -> list[Tensor]:
+    return cache.states.read(ids.shape[0], ids.device)  # type: ignore[union-attr]
+
+
+@fx.node.has_side_effect
+def _write_states(cache: CacheState, ids: Tensor, states: list[Tensor]) -> None:
+    cache.states.append(states, ids.shape[1])  # type: ignore[union-attr]
 
 
 def _length(cache: CacheState) -> int:
@@ -140,6 +172,22 @@ def _attend(cache, index, q, k, v, table, mask, scale, softcap, sinks, interleav
     )
 
 
+def _update(cache, index, kind, new) -> Tensor:
+    """All keys (kind 0) or values (kind 1) of a layer, the new ones appended."""
+    return cache.layers[index].update(kind, new)
+
+
+def _joined(cache, index, kind, new) -> Tensor:
+    """What _update returns, before the layer's attention appends it."""
+    layer = cache.layers[index]
+    return torch.cat([layer.read(kind, None), new], 2) if layer.length else new
+
+
+def _present(cache, index, kind, _after, table, interleaved, offset) -> Tensor:
+    """What other readers see of a layer's keys (kind 0) or values (kind 1)."""
+    return cache.layers[index].read(kind, table, interleaved, offset)
+
+
 def _mask(padding, queries, keys, offset, window, batch) -> Tensor | None:
     """None where plain causal attention over the cache sees the same keys."""
     if (not window or keys <= window) and (padding is None or bool(padding[:, :keys].all())):
@@ -147,8 +195,9 @@ def _mask(padding, queries, keys, offset, window, batch) -> Tensor | None:
     return causal_mask(padding, queries, keys, offset, window, batch)
 
 
-def new_cache(layers: tuple[LayerState, ...]) -> CacheState:
-    return CacheState([_layer(state) for state in layers])
+def new_cache(spec: CacheSpec) -> CacheState:
+    states = RecurrentStates(spec.states, spec.rollback) if spec.states else None
+    return CacheState([_layer(state) for state in spec.layers], states=states)
 
 
 def _layer(state: LayerState) -> DenseLayer | QuantizedLayer:

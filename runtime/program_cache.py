@@ -24,10 +24,10 @@ from regraft.program import Program, RegraftError, Report
 from regraft.program.folders import written_whole
 from regraft.program.serialize import (
     program_from_json,
+    program_tensors,
     program_to_json,
     report_from_json,
     report_to_json,
-    tensors_of,
 )
 
 log = logging.getLogger("regraft")
@@ -50,13 +50,13 @@ def fingerprint(model: torch.nn.Module, settings: Sequence[Any]) -> str | None:
         digest.update(repr(items).encode())
 
     add(torch.__version__, transformers.__version__, _own_source(), settings)
-    kinds = {type(module) for module in model.modules()}
+    kinds: set[Any] = {type(module) for module in model.modules()}
     kinds |= {type(item) for item in settings if hasattr(item, "__dataclass_fields__")}
     for source in sorted({_source(kind) for kind in kinds}, key=str):
         if source is None:
             return None
         add(source)
-    if hasattr(model, "config"):
+    if isinstance(model, transformers.PreTrainedModel):
         add(model.config.to_json_string(use_diff=False))
     for path, module in model.named_modules():
         if any(getattr(module, hooks) for hooks in _HOOKS):
@@ -64,7 +64,9 @@ def fingerprint(model: torch.nn.Module, settings: Sequence[Any]) -> str | None:
         add(path, type(module).__qualname__)
         for name, value in sorted(vars(module).items()):
             if inspect.isroutine(value):
-                return None
+                if hasattr(type(module), name) or "<" in value.__qualname__:
+                    return None
+                add(name, value.__module__, value.__qualname__)
             if isinstance(value, _PLAIN):
                 add(name, value)
     first: dict[int, str] = {}
@@ -72,25 +74,33 @@ def fingerprint(model: torch.nn.Module, settings: Sequence[Any]) -> str | None:
         add(name, tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
         add(first.setdefault(id(tensor), name))
     for name, tensor in model.named_buffers():
-        add(name, tensor.dtype, tensor.shape, tensor.detach().cpu().contiguous().numpy().tobytes())
+        add(name, tensor.dtype, tensor.shape, _bytes(tensor))
     return digest.hexdigest()[:32]
 
 
 def store(path: Path, program: Program, report: Report) -> None:
-    """Keep the program; one notice where the folder cannot take it."""
-    parameters, stacked = program.metadata["parameters"], program.metadata.get("stacked", {})
-    stacked = {name: [parameters[part] for part in parts] for name, parts in stacked.items()}
-    used = tensors_of(program.graph_module)
+    """Keep the program, if it is all graph; one notice where the folder cannot take it."""
+    try:
+        graphs = program_to_json(program)
+    except RegraftError:
+        return
+    parameters, stacked = {}, {}
+    for prefix, part in program.parts.items():
+        known = part.metadata["parameters"]
+        parameters |= {prefix + name: source for name, source in known.items()}
+        for name, parts in part.metadata.get("stacked", {}).items():
+            stacked[prefix + name] = [known[each] for each in parts]
+    used = program_tensors(program)
     constants = {
         name: tensor.detach().contiguous().clone()
         for name, tensor in used.items()
         if name not in parameters and name not in stacked
     }
     entry = {
-        "program": program_to_json(program),
+        "program": graphs,
         "report": report_to_json(report),
-        "parameters": {name: parameters[name] for name in used if name in parameters},
-        "stacked": {name: stacked[name] for name in used if name in stacked},
+        "parameters": {name: source for name, source in parameters.items() if name in used},
+        "stacked": {name: sources for name, sources in stacked.items() if name in used},
     }
     try:
         with written_whole(path) as partial:
@@ -111,16 +121,23 @@ def fetch(path: Path, model: torch.nn.Module) -> tuple[Program, Report] | None:
         known: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
         known |= dict(model.named_buffers(remove_duplicate=False))
         tensors |= {name: known[source] for name, source in entry["parameters"].items()}
+        made: dict[tuple[str, ...], Tensor] = {}
         for name, parts in entry["stacked"].items():
-            with torch.no_grad():
-                stacked = torch.cat([known[part] for part in parts])
-            tensors[name] = torch.nn.Parameter(stacked, requires_grad=False)
+            if tuple(parts) not in made:
+                with torch.no_grad():
+                    stacked = torch.cat([known[part] for part in parts])
+                made[tuple(parts)] = torch.nn.Parameter(stacked, requires_grad=False)
+            tensors[name] = made[tuple(parts)]
         program = program_from_json(entry["program"], tensors)
         return program, report_from_json(entry["report"])
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RegraftError) as error:
         log.warning("regraft: a kept program is damaged and is made anew: %s", error)
         path.unlink(missing_ok=True)
         return None
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 @cache

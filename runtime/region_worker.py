@@ -15,12 +15,9 @@ from torch import Tensor, fx
 from torch._inductor import aoti_compile_and_package, config
 
 from regraft.kernels import ops  # noqa: F401  registers the regraft:: operators
-from regraft.kernels.linear.reference import linear_in_blocks, splits
+from regraft.kernels.linear.reference import in_blocks, linear_in_blocks
 from regraft.program.folders import written_whole
 from regraft.program.serialize import graph_from_json
-from regraft.runtime.regions import DECODE
-
-SAMPLE = {"batch_size": 3, "sequence_length": 7}
 
 
 def main(scratch: str, folder: str, *keys: str) -> None:
@@ -34,49 +31,33 @@ def main(scratch: str, folder: str, *keys: str) -> None:
 
 def compile_job(job: dict[str, Any], path: Path) -> None:
     torch.set_num_threads(job["machine"]["threads"])
-    module = graph_from_json(job["graph"], {})
-    decode = job["variant"] == "decode"
-    inputs = tuple(_sample(item, DECODE if decode else SAMPLE) for item in job["inputs"])
-    dims = None if decode else (tuple(map(_dynamic, job["inputs"])),)
+    inputs = tuple(map(_sample, job["inputs"]))
     with torch.no_grad():
-        region = _Region(module, blocks=decode)
-        exported = torch.export.export(region, inputs, dynamic_shapes=dims)
+        exported = torch.export.export(_Region(graph_from_json(job["graph"], {})), inputs)
         aoti_compile_and_package(exported, package_path=str(path))
 
 
 class _Region(torch.nn.Module):
-    def __init__(self, module: fx.GraphModule, blocks: bool) -> None:
+    def __init__(self, module: fx.GraphModule) -> None:
         super().__init__()
-        self.run = (_InBlocks if blocks else fx.Interpreter)(module).run
+        self.run = _InBlocks(module).run
 
     def forward(self, *inputs: Tensor) -> Any:
         return self.run(*inputs)
 
 
 class _InBlocks(fx.Interpreter):
-    """Runs linear layers as products over blocks of their weights."""
+    """Runs linear layers as products over blocks of their weights, where that is faster."""
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if target == torch.ops.aten.linear.default and splits(args[0], args[1]):
+        if target == torch.ops.aten.linear.default and in_blocks(args[0], args[1]):
             return linear_in_blocks(*args)
         return super().call_function(target, args, kwargs)
 
 
-def _sample(item: dict[str, Any], sizes: dict[str, int]) -> Tensor:
-    shape = [n if isinstance(n, int) else sizes[n] for n in item["shape"]]
-    dtype = getattr(torch, item["dtype"])
-    if "stride" in item:
-        return torch.empty_strided(shape, item["stride"], dtype=dtype, device=item["device"])
-    return torch.zeros(shape, dtype=dtype, device=item["device"])
-
-
-def _dynamic(item: dict[str, Any]) -> dict[int, Any]:
-    limits = {"batch_size": 2**15, "sequence_length": 2**20}
-    return {
-        dim: torch.export.Dim(name, max=limits[name])
-        for dim, name in enumerate(item["shape"])
-        if not isinstance(name, int)
-    }
+def _sample(item: dict[str, Any]) -> Tensor:
+    dtype, device = getattr(torch, item["dtype"]), item["device"]
+    return torch.empty_strided(item["shape"], item["stride"], dtype=dtype, device=device).zero_()
 
 
 if __name__ == "__main__":

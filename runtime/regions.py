@@ -1,8 +1,8 @@
 """Outlined regions compiled ahead of time by Inductor, in worker processes, once per machine.
 
-A region is compiled for decode (batch 1, one token) and for every other shape. What it is
-compiled to depends on its graph, the versions and the processor alone, which name its file in
-the cache folder. Where that is impossible the region runs operator by operator.
+A region is compiled for decode: one sequence, one token. Prefill and verification spend their time
+in matrix products and run operator by operator. What a region is compiled to depends on its graph,
+the versions and the processor alone, which name its file in the cache folder.
 """
 
 from __future__ import annotations
@@ -26,70 +26,79 @@ from torch._inductor import aoti_load_package
 from torch._inductor.cpp_builder import get_cpp_compiler
 
 from regraft.kernels.linear.reference import linear_in_blocks
-from regraft.program import Program
+from regraft.program import Program, RegraftError
 from regraft.program.program import spec_of
-from regraft.program.serialize import graph_to_json, tensors_of
+from regraft.program.serialize import graph_to_json, submodule, tensors_of
 
 log = logging.getLogger("regraft")
 WORKERS, SECONDS = 2, 300
-DECODE = {"batch_size": 1, "sequence_length": 1}
 
 
 class Region(torch.nn.Module):
-    """Calls the compiled code for the shape of its inputs, else the graph's own operators."""
+    """Calls the compiled code where the step decodes one token, else the graph's operators."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__()
         self.operators = module
-        self.files: dict[str, Path] = {}
+        self.file: Path | None = None
         nodes = module.graph.find_nodes(op="placeholder")
         self._activations = [i for i, n in enumerate(nodes) if str(n.target).startswith("x")]
-        self._compiled: dict[str, Any] = {}
+        self._run: Any = None
 
-    def load(self) -> None:
-        """Take up the files that exist."""
-        for variant, path in self.files.items():
-            if path.is_file():
-                self._compiled[variant] = aoti_load_package(str(path)).loader
+    @property
+    def compiled(self) -> bool:
+        return self._run is not None
 
-    def forward(self, variant: str, *inputs: Tensor) -> Sequence[Tensor]:
-        loader = self._compiled.get(variant)
-        if loader is None:
+    def load(self, file: Path) -> None:
+        """Take up a compiled file, if it exists."""
+        self.file = file
+        try:
+            if file.is_file():
+                self._run = aoti_load_package(str(file)).loader.run
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            log.warning("regraft: %s is damaged, delete it: %s", file, reason)
+
+    def forward(self, decode: bool, *inputs: Tensor) -> Sequence[Tensor]:
+        if not decode or self._run is None:
             return self.operators(*inputs)
         arguments = list(inputs)
         for index in self._activations:
             arguments[index] = arguments[index].contiguous()
-        return loader.run(arguments)
+        return self._run(arguments)
 
 
-def variant_of(ids: Tensor) -> str:
-    """Which compiled code serves input ids [batch, length]."""
-    return "decode" if ids.numel() == 1 else "general"
+def is_decode(ids: Tensor) -> bool:
+    """Whether input ids [batch, length] are one token of one sequence."""
+    return ids.numel() == 1
 
 
-def region_jobs(program: Program) -> dict[str, dict[str, dict[str, Any]]]:
-    """{region: {variant: job}}: a job says all that compiling needs, as JSON."""
-    placeholder = program.graph.find_nodes(op="placeholder")[0]
-    names = dict(zip((spec_of(placeholder) or (None, ()))[1], DECODE, strict=False))
+def region_jobs(program: Program) -> dict[str, dict[str, Any]]:
+    """{region: job}: all that compiling it for decode needs, as JSON."""
+    ids = spec_of(program.graph.find_nodes(op="placeholder")[0])
+    ones = dict.fromkeys(ids[1], 1) if ids else {}
     tensors = tensors_of(program.graph_module)
     device = next((t.device.type for t in tensors.values()), "cpu")
-    jobs: dict[str, dict[str, dict[str, Any]]] = {}
+    jobs: dict[str, dict[str, Any]] = {}
     for call in program.graph.find_nodes(op="call_module"):
-        if call.target in jobs:
-            continue
-        module = program.graph_module.get_submodule(str(call.target))
-        inputs = []
-        for argument in call.args:
-            dtype, dims = spec_of(argument)
-            shape = [n if isinstance(n, int) else names.get(n) for n in dims]
-            item = {"shape": shape, "dtype": str(dtype).removeprefix("torch."), "device": device}
+        inputs: list[dict[str, Any]] = []
+        for argument in call.args if call.target not in jobs else ():
+            spec = spec_of(argument)
+            shape = [n if isinstance(n, int) else ones.get(n, -1) for n in spec[1]] if spec else []
+            if spec is None or -1 in shape:
+                break
+            stride = torch.empty(shape, device="meta").stride()
             if argument.op == "get_attr":
-                item["stride"] = list(tensors[argument.target].stride())
-            inputs.append(item)
-        if any(None in item["shape"] for item in inputs):
-            continue
-        job = {"graph": graph_to_json(module), "inputs": inputs, "machine": machine()}
-        jobs[str(call.target)] = {v: {**job, "variant": v} for v in ("decode", "general")}
+                stride = tensors[argument.target].stride()
+            name = str(spec[0]).removeprefix("torch.")
+            inputs.append({"shape": shape, "stride": stride, "dtype": name, "device": device})
+        if inputs and len(inputs) == len(call.args):
+            module = submodule(program.graph_module, call.target)
+            try:
+                graph = graph_to_json(module)
+            except RegraftError:
+                continue
+            jobs[call.target] = {"graph": graph, "inputs": inputs, "machine": machine()}
     return jobs
 
 
@@ -123,22 +132,27 @@ def _source() -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
-def compile_regions(program: Program, regions: dict[str, Region], folder: Path) -> None:
-    """Give each region its compiled variants: from the folder, else by worker processes.
+def compile_regions(
+    program: Program, regions: dict[str, Region], folder: Path, shipped: Path | None = None
+) -> None:
+    """Give each region its compiled code: from the folders, else by worker processes.
 
-    One notice, and operators one by one, where there is no compiler or no room.
+    One notice, and operators one by one, where there is no compiler or no room;
+    REGRAFT_INDUCTOR=0 asks for that.
     """
-    jobs = {}
-    for name, variants in region_jobs(program).items():
-        for variant, job in variants.items():
-            key = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:32]
-            regions[name].files[variant] = folder / f"{key}.pt2"
-            jobs[key] = job
-    missing = {key: job for key, job in jobs.items() if not (folder / f"{key}.pt2").is_file()}
+    if os.environ.get("REGRAFT_INDUCTOR") == "0":
+        return
+    files, missing = {}, {}
+    for name, job in region_jobs(program).items():
+        key = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:32]
+        known = [at / f"{key}.pt2" for at in (shipped, folder) if at]
+        files[name] = next(filter(Path.is_file, known), folder / f"{key}.pt2")
+        if not files[name].is_file():
+            missing[key] = job
     if missing and (reason := _compile_missing(missing, folder)):
         log.warning("regraft: running operator by operator, slower: %s", reason)
-    for region in regions.values():
-        region.load()
+    for name, file in files.items():
+        regions[name].load(file)
 
 
 def _compile_missing(jobs: dict[str, dict[str, Any]], folder: Path) -> str:
@@ -177,5 +191,7 @@ def _start(scratch: Path, folder: Path, keys: list[str]) -> subprocess.Popen:
             **os.environ,
             "PYTHONPATH": os.pathsep.join(dict.fromkeys(filter(None, sys.path))),
             "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor"),
+            # the processor says what it has; test programs for it take seconds
+            "TORCHINDUCTOR_VEC_ISA_OK": "1",
         },
     )

@@ -104,7 +104,7 @@ class CompiledSeq2Seq(GenerationMixin):
         )
 
     def new_cache(self) -> Seq2SeqCache:
-        return Seq2SeqCache(new_cache(self.program.cache.layers))
+        return Seq2SeqCache(new_cache(self.program.cache))
 
     def get_encoder(self) -> CompiledHalf:
         return self.encoder

@@ -1,6 +1,14 @@
+import logging
+import os
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from regraft.assets import FOLDER
+from regraft.program.folders import cache_dir
+
+os.environ["REGRAFT_INDUCTOR"] = "0"
 
 SMALL = dict(
     hidden_size=64,
@@ -19,6 +27,31 @@ def tiny(model_type: str, **changes):
     torch.manual_seed(0)
     config = AutoConfig.for_model(model_type, **{**SMALL, **changes})
     return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Nothing of a test stays in the user's cache; a model that is there is used."""
+    real, folder = cache_dir(), tmp_path_factory.mktemp("cache")
+    if (real / FOLDER).is_dir():
+        (folder / FOLDER).symlink_to(real / FOLDER)
+    before = os.environ.get("REGRAFT_CACHE")
+    os.environ["REGRAFT_CACHE"] = str(folder)
+    yield folder
+    os.environ.pop("REGRAFT_CACHE")
+    if before is not None:
+        os.environ["REGRAFT_CACHE"] = before
+
+
+@pytest.fixture
+def notices():
+    """What regraft tells its user while the test runs."""
+    seen: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: seen.append(record.getMessage())
+    logging.getLogger("regraft").addHandler(handler)
+    yield seen
+    logging.getLogger("regraft").removeHandler(handler)
 
 
 @pytest.fixture(scope="session")

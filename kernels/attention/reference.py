@@ -22,7 +22,8 @@ def attention(
 
     Queries are the last S of the T positions. mask is bool (True attends) or additive,
     broadcastable to [B, Hq, S, T]; it replaces the causal mask. A query at position p
-    with window w > 0 sees keys p-w+1..p. sinks [Hq] are extra softmax columns.
+    with window w > 0 sees keys p-w+1..p. sinks [Hq] or [B, Hq, S, 1] are extra
+    softmax columns.
     """
     rows, length = q.shape[2], k.shape[2]
     if 0 < window < length:
@@ -78,7 +79,8 @@ def _explicit(
         scores = scores + mask
     if sinks is None:
         return torch._safe_softmax(scores, -1) @ v
-    column = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+    sinks = sinks.view(1, -1, 1, 1) if sinks.dim() == 1 else sinks
+    column = sinks.to(scores.dtype).expand(*scores.shape[:3], 1)
     return torch.cat((scores, column), -1).softmax(-1)[..., :-1] @ v
 
 

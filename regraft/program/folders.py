@@ -1,4 +1,4 @@
-"""Where regraft keeps what it makes or downloads, and how files appear there whole or not at all."""
+"""Where regraft keeps what it makes or downloads; files appear there whole or not at all."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,28 +32,51 @@ class LayerState:
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """One state a layer that caches keys and values, in layer order."""
+    """``layers``: one entry a layer that caches keys and values, in layer order. ``states``:
+    tensors of constant size that each step replaces (convolutions, recurrences), zero before the
+    first token; the last ``rollback`` steps can be taken back."""
 
     layers: tuple[LayerState, ...] = ()
+    states: tuple[TensorSpec, ...] = ()
+    rollback: int = 8
 
 
 @dataclass
 class Program:
+    """A step: tokens and past states in, logits and present states out.
+
+    tokens: the fewest and the most tokens that a call takes, None for any number. prefill: the
+    same step over several tokens, for models that compute one token by other code; its inputs
+    and outputs are those of the program.
+    """
+
     graph_module: fx.GraphModule
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     cache: CacheSpec = CacheSpec()
     examples: tuple[torch.Tensor, ...] = ()
     metadata: dict[str, Any] = field(default_factory=dict)
+    tokens: tuple[int, int | None] = (1, None)
+    prefill: Program | None = None
 
     @property
     def graph(self) -> fx.Graph:
         return self.graph_module.graph
 
+    @property
+    def parts(self) -> dict[str, Program]:
+        """The program and its prefill, if it has one, by the prefix that names their tensors."""
+        return {"": self} if self.prefill is None else {"": self, "prefill.": self.prefill}
+
     def __call__(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Run the functional graph: past states in, present states out."""
         with torch.no_grad():
             return self.graph_module(*inputs)
+
+    def cache_bytes(self, size: int) -> int:
+        """Bytes a token of dense cache whose elements take ``size`` bytes."""
+        states = [spec for spec in self.inputs if spec.role == "cache"]
+        return sum(size * spec.shape[1] * spec.shape[3] for spec in states)  # type: ignore
 
     def copy(self) -> Program:
         """The same weights, a graph of its own."""
@@ -61,9 +84,8 @@ class Program:
         output = copied.graph_copy(self.graph, {})
         copied.output(output)
         module = fx.GraphModule(self.graph_module, copied)
-        return Program(
-            module, self.inputs, self.outputs, self.cache, self.examples, dict(self.metadata)
-        )
+        prefill = None if self.prefill is None else self.prefill.copy()
+        return replace(self, graph_module=module, metadata=dict(self.metadata), prefill=prefill)
 
     def verify(self) -> None:
         """Raise when the graph is malformed or no longer carries its signature."""
@@ -83,20 +105,42 @@ class Program:
             )
 
     def text(self) -> str:
-        """One line a node: name, operator, arguments, dtype and shape."""
-        lines = []
-        for node in self.graph.nodes:
-            spec = spec_of(node)
-            shape = f" : {spec[0]} [{', '.join(map(str, spec[1]))}]" if spec else ""
-            arguments = ", ".join(map(str, node.args)) if node.op != "placeholder" else ""
-            lines.append(f"{node.name} = {node.target}({arguments}){shape}")
-        return "\n".join(lines)
+        """One line a node: name, operator, arguments, dtype and shape, and where it comes from.
+
+        Graphs that are called follow, each once, indented.
+        """
+        return "\n".join(_lines(self.graph_module))
 
     def diff(self, other: Program) -> str:
         """Unified diff of the two printed graphs."""
         return "\n".join(
             difflib.unified_diff(self.text().split("\n"), other.text().split("\n"), lineterm="")
         )
+
+    def diff_markdown(self, other: Program, title: str = "Program") -> str:
+        """The diff as a Markdown section: what changed in numbers, then the lines."""
+        lines = self.diff(other).split("\n")[2:]
+        gone, new = (sum(line.startswith(sign) for line in lines) for sign in "-+")
+        counts = f"{len(self.graph.nodes)} -> {len(other.graph.nodes)} nodes, lines -{gone} +{new}"
+        block = "\n".join(["", "```diff", *lines, "```"]) if gone or new else ""
+        return f"## {title}\n\n{counts}\n{block}"
+
+
+def _lines(module: fx.GraphModule) -> list[str]:
+    lines, called = [], {}
+    for node in module.graph.nodes:
+        spec = spec_of(node)
+        shape = f" : {spec[0]} [{', '.join(map(str, spec[1]))}]" if spec else ""
+        arguments = ", ".join(map(str, node.args)) if node.op != "placeholder" else ""
+        source = source_of(node)
+        place = f"  # {source}" if source != node.name else ""
+        lines.append(f"{node.name} = {node.target}({arguments}){shape}{place}")
+        if node.op == "call_module":
+            called[str(node.target)] = module.get_submodule(str(node.target))
+    for name, inner in called.items():
+        if isinstance(inner, fx.GraphModule):
+            lines += ["", f"{name}:", *(f"    {line}" for line in _lines(inner))]
+    return lines
 
 
 def spec_of(node: fx.Node) -> tuple[torch.dtype, tuple[int | str, ...]] | None:
@@ -108,7 +152,7 @@ def spec_of(node: fx.Node) -> tuple[torch.dtype, tuple[int | str, ...]] | None:
 
 
 def source_of(node: fx.Node) -> str:
-    """The module path a node was captured from, for messages."""
+    """The module path and line of source that a node was captured from, for messages."""
     if "source" in node.meta:
         return node.meta["source"]
     stack = node.meta.get("nn_module_stack")

@@ -20,7 +20,7 @@ from regraft.program.program import CacheSpec, LayerState, Program, TensorSpec, 
 from regraft.program.report import Report, Row
 
 NAMESPACES = ("aten", "prims", "mkldnn", "regraft")
-FORBIDDEN = ("aten.from_file",)
+FORBIDDEN = ("aten.from_file", "regraft.module")
 FUNCTIONS: dict[str, Callable] = {
     f"{module.__name__.lstrip('_')}.{name}": getattr(module, name)
     for module, names in (
@@ -50,7 +50,7 @@ def graph_to_json(module: fx.GraphModule) -> dict[str, Any]:
         if "nn_module_stack" in node.meta or "source" in node.meta:
             item["source"] = source_of(node)
         if node.op == "call_module":
-            modules[node.target] = graph_to_json(module.get_submodule(node.target))
+            modules[node.target] = graph_to_json(submodule(module, node.target))
         nodes.append(item)
     return {"nodes": nodes, "modules": modules}
 
@@ -97,6 +97,10 @@ def program_to_json(program: Program) -> dict[str, Any]:
         "inputs": [_spec_to_json(spec) for spec in program.inputs],
         "outputs": [_spec_to_json(spec) for spec in program.outputs],
         "cache": [_encode(asdict(layer)) for layer in program.cache.layers],
+        "states": [_spec_to_json(spec) for spec in program.cache.states],
+        "rollback": program.cache.rollback,
+        "tokens": list(program.tokens),
+        "prefill": program.prefill and program_to_json(program.prefill),
     }
 
 
@@ -105,7 +109,16 @@ def program_from_json(data: dict[str, Any], tensors: Mapping[str, Tensor]) -> Pr
     graph = graph_from_json(data["graph"], tensors)
     layers = tuple(LayerState(**_decode(layer, {})) for layer in data["cache"])
     specs = [tuple(map(_spec_from_json, data[side])) for side in ("inputs", "outputs")]
-    program = Program(graph, specs[0], specs[1], CacheSpec(layers))
+    states = tuple(map(_spec_from_json, data["states"]))
+    program = Program(
+        graph, specs[0], specs[1], CacheSpec(layers, states, data["rollback"]),
+        tokens=tuple(data["tokens"]),
+    )  # fmt: skip
+    if data["prefill"]:
+        own = {
+            n.removeprefix("prefill."): t for n, t in tensors.items() if n.startswith("prefill.")
+        }
+        program.prefill = program_from_json(data["prefill"], own)
     program.verify()
     return program
 
@@ -118,10 +131,26 @@ def report_from_json(data: list[dict[str, Any]]) -> Report:
     return Report([Row(**{**row, "skipped": tuple(map(tuple, row["skipped"]))}) for row in data])
 
 
+def submodule(module: fx.GraphModule, name: Any) -> fx.GraphModule:
+    """The graph that a ``call_module`` node calls."""
+    found = module.get_submodule(str(name))
+    assert isinstance(found, fx.GraphModule)
+    return found
+
+
 def tensors_of(module: fx.GraphModule) -> dict[str, Tensor]:
     """The parameters and constants that the graph reads, by the names it reads them under."""
     nodes = module.graph.find_nodes(op="get_attr")
     return {str(node.target): getattr(module, str(node.target)) for node in nodes}
+
+
+def program_tensors(program: Program) -> dict[str, Tensor]:
+    """tensors_of the program and of its prefill, whose names begin with "prefill."."""
+    return {
+        prefix + name: tensor
+        for prefix, part in program.parts.items()
+        for name, tensor in tensors_of(part.graph_module).items()
+    }
 
 
 def _spec_to_json(spec: TensorSpec) -> dict[str, Any]:
@@ -137,6 +166,11 @@ def _spec_from_json(data: dict[str, Any]) -> TensorSpec:
 def _target_name(node: fx.Node) -> str:
     if node.op != "call_function":
         return str(node.target)
+    if node.target is torch.ops.regraft.module.default:
+        raise RegraftError(
+            f"{source_of(node)} stays Python, since its control flow depends on data: such a "
+            "program cannot be saved"
+        )
     if isinstance(node.target, torch._ops.OpOverload):
         return str(node.target)
     if node.target not in _NAMES:

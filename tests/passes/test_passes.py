@@ -92,7 +92,8 @@ def test_every_pass_states_its_rewrite():
 def test_dump_dir_holds_a_graph_a_pass(llama, tmp_path):
     regraft.compile(llama, [RaiseAttention()][:0], dump_dir=tmp_path)
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["01_CleanUp.txt", "02_RaiseAttention.txt", "03_FuseLinear.txt"]
+    steps = ("CleanUp", "RaiseAttention", "FuseLinear", "OutlineLayers")
+    assert names == [f"{i:02d}_{step}.txt" for i, step in enumerate(steps, 1)]
 
 
 def test_diff_shows_the_raised_node(llama):

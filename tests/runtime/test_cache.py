@@ -167,21 +167,23 @@ def test_error_falls_with_bits():
 
 
 @pytest.mark.parametrize("make", [DenseLayer, lambda: QuantizedLayer(4)])
-def test_truncate_then_append_equals_never_appended(make):
-    q, k, v = qkv(1, 4, 2, 160)
-    rotation = angles(160)
+@pytest.mark.parametrize("draft", [5, 32])
+def test_undoing_a_step_equals_never_making_it(make, draft):
+    q, k, v = qkv(1, 4, 2, 260)
+    rotation = angles(260)
     kept, cut = make(), make()
     kept_table, cut_table = RotationTable(), RotationTable()
-    feed(kept, q, k, v, [130], kept_table, rotation)
-    feed(cut, q, k, v, [130], cut_table, rotation)
-    extra = qkv(1, 4, 2, 20, seed=9)
-    feed(cut, *extra, [20], cut_table, angles(20, seed=8))
-    CacheState([cut], [cut_table]).truncate(130)
-    rest = [x[:, :, 130:] for x in (q, k, v)]
-    tail = [x[:, 130:] for x in rotation]
-    chunks = [1] * 30
-    out = feed(cut, *rest, chunks, cut_table, tail)
-    assert torch.equal(out, feed(kept, *rest, chunks, kept_table, tail))
+    start = 130
+    for layer, table in ((kept, kept_table), (cut, cut_table)):
+        feed(layer, q, k, v, [start], table, rotation)
+    for rows in (1, 7, 20, 30, 40, 31, 1):
+        feed(cut, *qkv(1, 4, 2, draft, seed=9), [draft], cut_table, angles(draft, seed=8))
+        CacheState([cut], [cut_table]).truncate(start)
+        part = slice(start, start + rows)
+        rest, tail = [x[:, :, part] for x in (q, k, v)], [x[:, part] for x in rotation]
+        out = feed(cut, *rest, [rows], cut_table, tail)
+        assert torch.equal(out, feed(kept, *rest, [rows], kept_table, tail))
+        start += rows
 
 
 def test_quantized_truncate_limits():
@@ -192,16 +194,16 @@ def test_quantized_truncate_limits():
     rotation = angles(160)
     feed(layer, q, k, v, [160], table, rotation)
     exact.append(k, v)
-    assert layer.floor == 68
-    with pytest.raises(ValueError, match="at least 68"):
-        layer.truncate(67)
-    with pytest.raises(ValueError, match="at least 68"):
-        state.truncate(67)
+    assert layer.floor == 124
+    with pytest.raises(ValueError, match="at least 124"):
+        layer.truncate(123)
+    with pytest.raises(ValueError, match="at least 124"):
+        state.truncate(123)
     assert exact.length == table.length == state.length == 160
     with pytest.raises(ValueError, match="length 160"):
         state.truncate(161)
-    state.truncate(68)
-    assert layer.length == exact.length == table.length == 68
+    state.truncate(124)
+    assert layer.length == exact.length == table.length == 124
     state.truncate(0)
     assert layer.length == 0 and state.length == 0
     out = feed(layer, q, k, v, [3, 40], table, rotation)
@@ -234,21 +236,41 @@ def test_shared_table_survives_reorder_and_wider_rows():
     cos, sin = angles(5)
     table.append(cos, sin)
     table.reorder(torch.tensor([0, 0]))
-    assert table.cos.shape == (1, 5, 8)
+    assert table.rows(0)[0].shape == (1, 5, 8)
     table.append(cos.expand(2, -1, -1), sin.expand(2, -1, -1))
     table.append(cos[:, :1], sin[:, :1])
-    assert torch.equal(table.cos, torch.cat([cos, cos, cos[:, :1]], 1).expand(2, -1, -1))
+    expected = torch.cat([cos, cos, cos[:, :1]], 1).expand(2, -1, -1)
+    assert torch.equal(table.rows(0)[0], expected)
     assert table.nbytes == 2 * 2 * 256 * 8 * 4
 
 
-def test_quantized_memory():
-    q, k, v = qkv(1, 3, 3, 8192, 64)
-    layer = QuantizedLayer(4)
-    layer.step(q[:, :, :1], k[:, :, :1], v[:, :, :1])
-    layer._append(k[:, :, 1:], v[:, :, 1:])
-    layer._flush()
-    assert layer.length == 8192
-    assert CacheState([layer]).nbytes <= 0.30 * 2 * 8192 * 3 * 64 * 2
+def test_settled_rotations_are_half_precision_and_the_rest_exact():
+    table, (cos, sin) = RotationTable(), angles(300)
+    table.append(cos, sin)
+    table.settle(200)
+    table.settle(100)
+    assert torch.equal(table.rows(200)[0], cos[:, 200:])
+    assert torch.equal(table.rows(3, 150)[1], sin[:, 3:150].half())
+    assert torch.equal(table.rows(150, 250)[0][:, 50:], cos[:, 200:250])
+    table.truncate(210)
+    assert table.length == 210 and torch.equal(table.rows(200)[1], sin[:, 200:210])
+    with pytest.raises(ValueError, match="length 210"):
+        table.truncate(211)
+    table.reset()
+    assert table.length == table.nbytes == 0
+
+
+def test_quantized_memory_at_8k():
+    """SmolLM2's shapes: 3 heads of 64 and 30 layers that share one rotation table."""
+    torch.manual_seed(0)
+    layer, table, shares = QuantizedLayer(4), RotationTable(), []
+    for rows in [7492] + [1] * 72:
+        x = torch.randn(1, 3, rows, 64)
+        table.append(torch.rand(1, rows, 32), torch.rand(1, rows, 32))
+        layer.step(x[:, :, -1:], x, x, table)
+        shares.append((30 * layer.nbytes + table.nbytes) / (30 * layer.length * 2 * 2 * 3 * 64))
+    assert layer.length == 7564
+    assert max(shares) <= 0.295
 
 
 def test_quantized_rejects_bad_head_size():

@@ -95,15 +95,3 @@ def test_bad_input_gives_one_clear_error(compiled, inputs, message):
 def test_compile_refuses_what_it_cannot_take():
     with pytest.raises(RegraftError, match="cannot compile a Linear"):
         regraft.compile(torch.nn.Linear(2, 2))
-
-
-def test_linear_equals_torch():
-    from regraft.kernels.linear.reference import _split, linear
-
-    weight, bias = torch.randn(64, 32), torch.randn(64)
-    for rows in (1, 3, 5, 9):
-        x = torch.randn(2, rows, 32)
-        expected = torch.nn.functional.linear(x, weight, bias)
-        torch.testing.assert_close(linear(x, weight, bias), expected)
-        flat = x.reshape(-1, 32)
-        torch.testing.assert_close(_split(flat, weight), flat @ weight.t())
