@@ -13,8 +13,8 @@ from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 
 from regraft.frontends.encoder import example_inputs
 from regraft.frontends.huggingface import as_it_is, close, registered
-from regraft.frontends.states import CapturedLayer
 from regraft.frontends.module import capture_module
+from regraft.frontends.states import CapturedLayer
 from regraft.program import CacheSpec, LayerState, Program, RegraftError
 
 BATCH, QUERIES, PAST = 2, 3, 7
