@@ -198,7 +198,7 @@ class RotationFinder:
                     node, lambda n, env=env: env[n] if n in env else self._value(n)
                 )
             columns.append(env[end][:, 0].float())
-        return as_rotation(torch.stack(columns, -1))
+        return as_rotation(torch.stack(columns, -1).cpu())
 
     def unrotated(self, rotation: Rotation) -> list[fx.Node]:
         """Queries and keys before rotation [batch, heads, length, size], made where they are
@@ -243,7 +243,7 @@ class RotationFinder:
                     flat = tensor.squeeze(squeeze) if squeeze else tensor
                     for step in (None, 1, 2):
                         view = flat if step is None else flat[..., ::step][..., :pairs]
-                        if view.shape == wanted.shape and torch.allclose(view.float(), wanted):
+                        if view.shape == wanted.shape and torch.allclose(view.float().cpu(), wanted):
                             part = index if value.is_complex() else None
                             return self._emit(node, part, squeeze, step, pairs)
         return None
