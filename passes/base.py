@@ -87,15 +87,23 @@ def run(
         name = type(step).__name__
         before = len(program.graph.nodes)
         start = time.perf_counter()
-        result, *_ = [_apply(step, part, context) for part in parts]
+        results = [_apply(step, part, context) for part in parts]
+        result = results[0]
         seconds = time.perf_counter() - start
         if not result.matches and any(step is asked for asked in required):
             reasons = "; ".join(f"{where}: {why}" for where, why in result.skipped[:3])
             raise RegraftError(f"{name} matched nothing. {reasons or 'No candidate in the graph.'}")
         error = None
         if step.tolerance is not None and references[0]:
-            pairs = zip(references, parts, strict=True)
-            error = max(_error(name, step.tolerance, r, part) for r, part in pairs)
+            changed = zip(references, parts, results, strict=True)
+            error = max(
+                (
+                    _error(name, step.tolerance, r, part)
+                    for r, part, made in changed
+                    if made.matches
+                ),
+                default=0.0,
+            )
         after = len(program.graph.nodes)
         report.rows.append(Row(name, result.matches, result.skipped, before, after, seconds, error))
         if dump_dir is not None:
