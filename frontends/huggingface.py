@@ -130,7 +130,13 @@ def _state_shapes(model: PreTrainedModel) -> list[tuple[Tensor, Tensor]]:
     layers: list = [_Probe() for _ in range(count)]
     ids = torch.ones(1, 2, dtype=torch.long, device=model.device)
     mask = torch.ones_like(ids)
-    model(input_ids=ids, attention_mask=mask, past_key_values=Cache(layers=layers), use_cache=True)
+    cache = Cache(layers=layers)
+    try:
+        model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+    except AttributeError as error:
+        raise RegraftError(
+            f"{type(model).__name__} keeps a cache of its own kind: {error}"
+        ) from error
     used = [hasattr(layer, "sample") for layer in layers]
     if not any(used):
         return []
