@@ -25,6 +25,7 @@ from regraft.program import CacheSpec, LayerState, Program, RegraftError, Tensor
 ROWS, PAST, QUERIES, PADDING = 2, 7, 3, 2
 LONGEST = 4096
 TOLERANCE = 1e-5
+GAIN = 0.5  # most operators of a prefill, as a share of those of its tokens one by one
 
 
 class RecurrentStep(torch.nn.Module):
@@ -132,9 +133,15 @@ def capture_recurrent(model: PreTrainedModel, trial: Trial) -> Program:
             program.metadata["prefill"] = many
             return program
         try:
-            program.prefill = _program(trial, many, QUERIES, states)
+            prefill = _program(trial, many, QUERIES, states)
         except RegraftError as error:
             program.metadata["prefill"] = str(error)
+            return program
+        single, several = (len(part.graph.nodes) for part in (program, prefill))
+        if several > GAIN * single * (prefill.tokens[1] or LONGEST):
+            program.metadata["prefill"] = f"{several} operators, token by token {single}"
+        else:
+            program.prefill = prefill
         return program
     finally:
         memory.restore()

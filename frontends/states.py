@@ -19,8 +19,9 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import (
     DynamicCache,
-    DynamicIndexedLayer,
+    DummyLayer,
     DynamicLayer,
+    DynamicSlidingWindowLayer,
     LinearAttentionCacheLayerMixin,
 )
 
@@ -56,8 +57,8 @@ def _captured_class(base: type[DynamicLayer]) -> type[CapturedLayer]:
 
 def is_recurrent(model: PreTrainedModel) -> bool:
     """Whether transformers gives any layer of this model more than keys and values."""
-    more = (LinearAttentionCacheLayerMixin, DynamicIndexedLayer)
-    return any(isinstance(layer, more) for layer in DynamicCache(config=model.config).layers)
+    plain = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
+    return any(type(layer) not in plain for layer in DynamicCache(config=model.config).layers)
 
 
 class Memory:
