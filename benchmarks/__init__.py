@@ -3,5 +3,6 @@
 SUITES = {
     "decode": "regraft.benchmarks.decode",
     "capture": "regraft.benchmarks.capture",
+    "cuda": "regraft.benchmarks.cuda",
     "perplexity": "regraft.benchmarks.perplexity",
 }

@@ -10,12 +10,11 @@ from torch import Tensor, nn
 from torch.export import Dim
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
-from transformers.modeling_outputs import BaseModelOutput
 
 from regraft.frontends.encoder import example_inputs
 from regraft.frontends.huggingface import as_it_is, close, registered
-from regraft.frontends.states import CapturedLayer
 from regraft.frontends.module import capture_module
+from regraft.frontends.states import CapturedLayer
 from regraft.program import CacheSpec, LayerState, Program, RegraftError
 
 BATCH, QUERIES, PAST = 2, 3, 7
@@ -33,8 +32,9 @@ def capture_seq2seq(model: PreTrainedModel) -> tuple[Program, Program, Program]:
     """
     with registered(model):
         encoder, hidden, mask = _capture_encoder(model)
-        cross = _capture_cross(model, hidden)
-        step = _capture_step(model, hidden, mask, cross(hidden))
+        kind = encoder.metadata["out_spec"].type
+        cross = _capture_cross(model, kind, hidden)
+        step = _capture_step(model, kind, hidden, mask, cross(hidden))
     _check(model, encoder, cross, step)
     return encoder, cross, step
 
@@ -74,9 +74,9 @@ class _Stored(DynamicLayer):
 
 
 class _Cross(nn.Module):
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, kind: type) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.kind = model, kind
 
     def forward(self, encoder_hidden_states):
         own, cross = (Cache(layer_class_to_replicate=_Stored) for _ in range(2))
@@ -84,7 +84,7 @@ class _Cross(nn.Module):
             encoder_hidden_states.shape[0], 1, dtype=torch.long, device=encoder_hidden_states.device
         )
         self.model(
-            encoder_outputs=BaseModelOutput(last_hidden_state=encoder_hidden_states),
+            encoder_outputs=self.kind(last_hidden_state=encoder_hidden_states),
             decoder_input_ids=ids,
             past_key_values=EncoderDecoderCache(own, cross),
             use_cache=True,
@@ -95,9 +95,9 @@ class _Cross(nn.Module):
 
 
 class _Step(nn.Module):
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, kind: type) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.kind = model, kind
 
     def forward(
         self, decoder_input_ids, decoder_attention_mask, encoder_hidden_states,
@@ -111,7 +111,7 @@ class _Step(nn.Module):
         cache = EncoderDecoderCache(Cache(layers=layers), Cache(layers=kept))
         cache.is_updated = dict.fromkeys(range(len(kept)), True)
         logits = self.model(
-            encoder_outputs=BaseModelOutput(last_hidden_state=encoder_hidden_states),
+            encoder_outputs=self.kind(last_hidden_state=encoder_hidden_states),
             attention_mask=encoder_attention_mask,
             decoder_input_ids=decoder_input_ids,
             decoder_attention_mask=decoder_attention_mask,
@@ -121,16 +121,20 @@ class _Step(nn.Module):
         return logits, *(state for layer in layers for state in (layer.keys, layer.values))
 
 
-def _capture_cross(model: PreTrainedModel, hidden: Tensor) -> Program:
+def _capture_cross(model: PreTrainedModel, kind: type, hidden: Tensor) -> Program:
     names = ({0: "batch_size", 1: "encoder_length"},)
-    program = capture_module(_Cross(model), (hidden,), _dynamic(names), names, wraps=model)
+    program = capture_module(_Cross(model, kind), (hidden,), _dynamic(names), names, wraps=model)
     specs = zip(_pairs("cross", len(program.outputs) // 2), program.outputs, strict=True)
     program.outputs = tuple(replace(spec, name=name) for name, spec in specs)
     return program
 
 
 def _capture_step(
-    model: PreTrainedModel, hidden: Tensor, mask: Tensor | None, cross: tuple[Tensor, ...]
+    model: PreTrainedModel,
+    kind: type,
+    hidden: Tensor,
+    mask: Tensor | None,
+    cross: tuple[Tensor, ...],
 ) -> Program:
     generator = torch.Generator().manual_seed(0)
     size = model.config.get_text_config(decoder=True).vocab_size
@@ -151,7 +155,7 @@ def _capture_step(
         [{0: "batch_size", 2: "encoder_length"}] * len(cross),
         [{0: "batch_size", 2: "past_sequence_length"}] * len(past),
     )
-    program = capture_module(_Step(model), inputs, _dynamic(names), names, wraps=model)
+    program = capture_module(_Step(model, kind), inputs, _dynamic(names), names, wraps=model)
     count = len(cross) // 2
     states = [*_pairs("cross", count), *_pairs("past_key_values", count)]
     first = len(program.inputs) - len(states)

@@ -34,8 +34,11 @@ def concatenate_filled(graph: fx.Graph) -> int:
 def _pieces(buffer: fx.Node) -> tuple[int, list[Any], list[fx.Node]] | None:
     """Dimension, sources in order and copies in graph order, where slices tile the buffer."""
     order = {node: i for i, node in enumerate(buffer.graph.nodes)}
-    rank, written, copies = buffer.meta["val"].dim(), [], []
+    rank = buffer.meta["val"].dim()
+    written: list[Any] = []
+    copies: list[Any] = []
     dims: set[int] = set()
+    user: Any
     for user in buffer.users:
         copy = next(iter(user.users), None)
         if user.target != aten.slice.Tensor or copy is None or copy.target != aten.copy_.default:
@@ -45,7 +48,7 @@ def _pieces(buffer: fx.Node) -> tuple[int, list[Any], list[fx.Node]] | None:
             return None
         if tuple(source.meta["val"].shape) != tuple(user.meta["val"].shape):
             return None
-        dims.add(user.args[1] % rank)  # type: ignore[operator]
+        dims.add(user.args[1] % rank)
         written.append((user.args[2], user.args[3], source))
         copies.append(copy)
     if len(dims) != 1 or not all(isinstance(edge, int) for *edges, _ in written for edge in edges):

@@ -44,9 +44,10 @@ class KVQuant(Pass):
             reason = f"{missing} attention layers were not raised (see RaiseAttention)"
             return PassResult(0, (("cache", reason),))
         for node in nodes:
-            size = node.args[2].meta["val"].shape[-1]
-            if size % 8:
-                return PassResult(0, ((node.name, f"value size {size} is not a multiple of 8"),))
+            for kind, state in zip(("key", "value"), node.args[1:3], strict=True):
+                if (size := state.meta["val"].shape[-1]) % 8:
+                    reason = f"{kind} size {size} is not a multiple of 8"
+                    return PassResult(0, ((node.name, reason),))
         settings = tuple(self.settings().items())
         state = replace(LayerState(), format="kvquant", settings=settings)
         program.cache = replace(program.cache, layers=(state,) * raised)

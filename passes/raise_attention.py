@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from operator import getitem
+from typing import Any
 
 import torch
 from torch import fx
@@ -52,7 +53,7 @@ class RaiseAttention(Pass):
         return PassResult(matches, tuple(skipped))
 
 
-def _owner(node: fx.Node) -> fx.Node | None:
+def _owner(node: Any) -> fx.Node | None:
     """The cached_attention whose present keys or values this is."""
     owner = node.args[0] if is_call(node, getitem) else None
     return owner if is_call(owner, regraft.cached_attention.default) else None
@@ -69,7 +70,7 @@ def _why_not(node: fx.Node, key: fx.Node, value: fx.Node) -> str:
     return ""
 
 
-def _untiled(node: fx.Node) -> tuple[fx.Node, int]:
+def _untiled(node: Any) -> tuple[fx.Node, int]:
     """The cached heads, and how often they are tiled to one a query head."""
     if is_call(node, aten.repeat.default) and is_call(node.args[0], regraft.kv_update.default):
         batch, tiles, *rest = node.args[1]
@@ -91,7 +92,7 @@ def _swap_head_groups(graph: fx.Graph, node: fx.Node, groups: int) -> fx.Node:
     return node
 
 
-def _without_tiles(graph: fx.Graph, node: fx.Node, tiles: int) -> fx.Node:
+def _without_tiles(graph: fx.Graph, node: Any, tiles: int) -> fx.Node:
     """The same attention over the cached heads, its query heads grouped by them."""
     q, key, value, *rest = node.args
     cached = int(key.args[0].meta["val"].shape[1])

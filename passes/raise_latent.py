@@ -172,9 +172,8 @@ def _constant(program: Program, name: str, tensor: Tensor) -> fx.Node:
 def _widen(program: Program, slot: int, size: int) -> None:
     """Make state ``slot`` hold the latent and the rotated part, and the next the latent."""
     placeholders = program.graph.find_nodes(op="placeholder")[slot : slot + 2]
-    inputs, outputs, examples = (
-        list(items) for items in (program.inputs, program.outputs, program.examples)
-    )
+    inputs, outputs = list(program.inputs), list(program.outputs)
+    examples = list(program.examples)
     vals = [node.meta["val"] for node in placeholders]
     shown = [torch.cat(vals, -1), vals[0]]
     held = [torch.cat(examples[slot : slot + 2], -1), examples[slot]]

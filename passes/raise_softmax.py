@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from regraft.passes.base import Context, Pass, PassResult, is_call
 from regraft.passes.regions import between
+from regraft.passes.rotation import STOPS
 from regraft.passes.sizes import Sizes
 from regraft.program import Program
 from regraft.program.program import source_of
@@ -80,7 +81,7 @@ def _scores(softmax: fx.Node) -> tuple[Any, Any]:
             keys = _cached(_operands(node)[1])
             if keys is not None:
                 return node, keys
-        elif node.target not in SOFTMAX:
+        elif node.target not in (*SOFTMAX, *STOPS):
             stack.extend(node.all_input_nodes)
     return None, None
 

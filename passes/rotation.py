@@ -77,7 +77,7 @@ class RotationFinder:
             rotation.part, rotation.wholes = (index, start), (q, k)
         return rotation, reason
 
-    def _turned_part(self, node: fx.Node) -> Any:
+    def _turned_part(self, node: Any) -> Any:
         """Index, first channel and node of the one part that positions turn."""
         if node.target != aten.cat.default or node.args[1] not in (-1, 3):
             return None
@@ -105,7 +105,8 @@ class RotationFinder:
         turned = zip(k_kind[:2], q_kind[:2], strict=True)
         if k_kind[2:] != q_kind[2:] or not all(torch.equal(a, b) for a, b in turned):
             return None, "queries and keys are rotated differently"
-        rotation = Rotation(q_source, k_source, *k_kind, positional)
+        cos, sin, style, offset, deinterleaved = k_kind
+        rotation = Rotation(q_source, k_source, cos, sin, style, offset, deinterleaved, positional)
         if self.tables(rotation)[0] is None:
             return None, "no tensor of the graph holds the cosines and sines"
         return rotation, ""
@@ -198,7 +199,7 @@ class RotationFinder:
                     node, lambda n, env=env: env[n] if n in env else self._value(n)
                 )
             columns.append(env[end][:, 0].float())
-        return as_rotation(torch.stack(columns, -1))
+        return as_rotation(torch.stack(columns, -1).cpu())
 
     def unrotated(self, rotation: Rotation) -> list[fx.Node]:
         """Queries and keys before rotation [batch, heads, length, size], made where they are
@@ -243,7 +244,7 @@ class RotationFinder:
                     flat = tensor.squeeze(squeeze) if squeeze else tensor
                     for step in (None, 1, 2):
                         view = flat if step is None else flat[..., ::step][..., :pairs]
-                        if view.shape == wanted.shape and torch.allclose(view.float(), wanted):
+                        if view.shape == wanted.shape and torch.allclose(view.float().cpu(), wanted):
                             part = index if value.is_complex() else None
                             return self._emit(node, part, squeeze, step, pairs)
         return None

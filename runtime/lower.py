@@ -58,7 +58,7 @@ def lower(program: Program) -> tuple[fx.GraphModule, dict[str, Region]]:
     for node in graph.find_nodes(op="call_function", target=regraft.causal_mask.default):
         if all(user.target in (_attend, regraft.attention.default) for user in node.users):
             node.target = _mask
-    _take_linear(graph)
+    take_linear(graph)
     regions = _lower_regions(lowered.graph_module, placeholders[0])
     graph.eliminate_dead_code()
     for node in past:
@@ -74,7 +74,7 @@ def lower(program: Program) -> tuple[fx.GraphModule, dict[str, Region]]:
 def lower_stateless(program: Program) -> tuple[fx.GraphModule, dict[str, Region]]:
     """The program as it is: its inputs -> its outputs; and its outlined regions by name."""
     lowered = program.copy()
-    _take_linear(lowered.graph)
+    take_linear(lowered.graph)
     placeholders = lowered.graph.find_nodes(op="placeholder")
     regions = _lower_regions(lowered.graph_module, placeholders[0]) if placeholders else {}
     lowered.graph.lint()
@@ -92,7 +92,7 @@ def _lower_regions(module: fx.GraphModule, ids: fx.Node) -> dict[str, Region]:
         name = str(node.target)
         if name not in regions:
             operators = copy.deepcopy(submodule(module, name))
-            _take_linear(operators.graph)
+            take_linear(operators.graph)
             operators.recompile()
             regions[name] = Region(operators)
             module.add_submodule(name, regions[name])
@@ -100,7 +100,8 @@ def _lower_regions(module: fx.GraphModule, ids: fx.Node) -> dict[str, Region]:
     return regions
 
 
-def _take_linear(graph: fx.Graph) -> None:
+def take_linear(graph: fx.Graph) -> None:
+    """Run linear layers of few rows at the speed of memory."""
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default):
         node.target = linear
 

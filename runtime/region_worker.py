@@ -18,6 +18,7 @@ from regraft.kernels import ops  # noqa: F401  registers the regraft:: operators
 from regraft.kernels.linear.reference import in_blocks, linear_in_blocks
 from regraft.program.folders import written_whole
 from regraft.program.serialize import graph_from_json
+from regraft.runtime.regions import sample
 
 
 def main(scratch: str, folder: str, *keys: str) -> None:
@@ -31,7 +32,7 @@ def main(scratch: str, folder: str, *keys: str) -> None:
 
 def compile_job(job: dict[str, Any], path: Path) -> None:
     torch.set_num_threads(job["machine"]["threads"])
-    inputs = tuple(map(_sample, job["inputs"]))
+    inputs = tuple(map(sample, job["inputs"]))
     with torch.no_grad():
         exported = torch.export.export(_Region(graph_from_json(job["graph"], {})), inputs)
         aoti_compile_and_package(exported, package_path=str(path))
@@ -53,11 +54,6 @@ class _InBlocks(fx.Interpreter):
         if target == torch.ops.aten.linear.default and in_blocks(args[0], args[1]):
             return linear_in_blocks(*args)
         return super().call_function(target, args, kwargs)
-
-
-def _sample(item: dict[str, Any]) -> Tensor:
-    dtype, device = getattr(torch, item["dtype"]), item["device"]
-    return torch.empty_strided(item["shape"], item["stride"], dtype=dtype, device=device).zero_()
 
 
 if __name__ == "__main__":

@@ -47,7 +47,8 @@ class Region(torch.nn.Module):
 
     @property
     def compiled(self) -> bool:
-        return self._run is not None
+        """Whether an artefact can take the compiled code along."""
+        return self._run is not None and self.file is not None
 
     def load(self, file: Path) -> None:
         """Take up a compiled file, if it exists."""
@@ -58,6 +59,13 @@ class Region(torch.nn.Module):
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             log.warning("regraft: %s is damaged, delete it: %s", file, reason)
+
+    def compile_here(self, inputs: list[Tensor]) -> None:
+        """Compile in this process, for devices whose packages torch cannot be trusted to load."""
+        compiled = torch.compile(self.operators, dynamic=False)
+        with torch.no_grad():
+            compiled(*inputs)
+        self._run = lambda arguments: compiled(*arguments)
 
     def forward(self, decode: bool, *inputs: Tensor) -> Sequence[Tensor]:
         if not decode or self._run is None:
@@ -102,6 +110,12 @@ def region_jobs(program: Program) -> dict[str, dict[str, Any]]:
     return jobs
 
 
+def sample(item: dict[str, Any]) -> Tensor:
+    """Zeros of the shape, stride, dtype and device that a job gives an input."""
+    dtype, device = getattr(torch, item["dtype"]), item["device"]
+    return torch.empty_strided(item["shape"], item["stride"], dtype=dtype, device=device).zero_()
+
+
 def machine() -> dict[str, Any]:
     """What compiled code depends on besides its graph."""
     return {
@@ -143,7 +157,12 @@ def compile_regions(
     if os.environ.get("REGRAFT_INDUCTOR") == "0":
         return
     files, missing = {}, {}
-    for name, job in region_jobs(program).items():
+    jobs = region_jobs(program)
+    if any(item["device"] != "cpu" for job in jobs.values() for item in job["inputs"]):
+        for name, job in jobs.items():
+            regions[name].compile_here(list(map(sample, job["inputs"])))
+        return
+    for name, job in jobs.items():
         key = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:32]
         known = [at / f"{key}.pt2" for at in (shipped, folder) if at]
         files[name] = next(filter(Path.is_file, known), folder / f"{key}.pt2")

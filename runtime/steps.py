@@ -7,6 +7,7 @@ from torch import Tensor, fx
 
 from regraft.program import Program
 from regraft.runtime.cache import CacheState
+from regraft.runtime.cuda_graph import DecodeGraph
 from regraft.runtime.lower import lower
 from regraft.runtime.recurrent import growing
 from regraft.runtime.regions import Region
@@ -25,6 +26,7 @@ class Steps:
         self.rollback = 0 if growing(program.cache.states) else program.cache.rollback
         self.regions: dict[str, Region] = {}
         self.step, self.prefill = self._lower(program, ""), None
+        self.graph = DecodeGraph(self.step)
         self.shortest, self.longest = 2, None
         if program.prefill is not None:
             self.prefill = self._lower(program.prefill, "prefill.")
@@ -39,6 +41,8 @@ class Steps:
         self, ids: Tensor, mask: Tensor, positions: Tensor, keep: Tensor, cache: CacheState
     ) -> Tensor:
         """ids, positions [batch, length], mask [batch, past + length], keep [kept] -> logits."""
+        if self.graph.takes(ids, cache):
+            return self.graph(ids, mask, positions, keep, cache=cache)
         if not self.single:
             return self.step(ids, mask, positions, keep, cache)
         past, start = cache.length, 0

@@ -1,9 +1,10 @@
 import pytest
 import torch
 import transformers
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, AutoTokenizer, pipeline
 
 import regraft
+from regraft.assets import minilm
 from regraft.program import RegraftError
 
 SIZES = dict(
@@ -139,3 +140,27 @@ def test_other_modalities_need_example_inputs():
     model = AutoModel.from_config(AutoConfig.for_model("t5", d_model=16, d_kv=8, num_layers=1))
     with pytest.raises(RegraftError, match="give example_inputs"):
         regraft.compile(model)
+
+
+@pytest.mark.slow
+def test_minilm_ranks_sentences_as_eager_does():
+    folder = minilm()
+    model = AutoModel.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    compiled = regraft.compile(model)
+    texts = [
+        "How do I reset my password?",
+        "I cannot log in any more and want a new password for my account.",
+        "Water boils at one hundred degrees.",
+    ]
+    inputs = tokenizer(texts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        same(compiled(**inputs), model(**inputs))
+    assert attentions(compiled) == 6
+    mask = inputs["attention_mask"][..., None]
+    means = (compiled(**inputs).last_hidden_state * mask).sum(1) / mask.sum(1)
+    near, far = torch.cosine_similarity(means[:1], means[1:])
+    assert near > 0.5 > 0.2 > far
+    rows = pipeline("feature-extraction", model=compiled, tokenizer=tokenizer)(texts)
+    torch.testing.assert_close(torch.tensor(rows[0][0])[0], model(**tokenizer(
+        texts[:1], return_tensors="pt")).last_hidden_state[0, 0], rtol=0, atol=1e-4)  # fmt: skip

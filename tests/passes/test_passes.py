@@ -4,7 +4,16 @@ import torch
 import regraft
 from regraft.compiler import read_recipe, write_recipe
 from regraft.frontends.huggingface import capture
-from regraft.passes import DEFAULT, Context, FuseLinear, KVQuant, RaiseAttention, registry, run
+from regraft.passes import (
+    DEFAULT,
+    FINAL,
+    Context,
+    FuseLinear,
+    KVQuant,
+    RaiseAttention,
+    registry,
+    run,
+)
 from regraft.program import RegraftError
 
 
@@ -19,8 +28,10 @@ def count(program, target):
 
 def test_default_passes_report_matches_and_no_error(program):
     report = run(program, DEFAULT, Context())
-    assert [row.name for row in report.rows] == ["CleanUp", "RaiseAttention", "FuseLinear"]
-    assert [row.matches for row in report.rows[1:]] == [2, 4]
+    assert [row.name for row in report.rows] == [type(step).__name__ for step in DEFAULT]
+    matches = {row.name: row.matches for row in report.rows}
+    assert (matches["RaiseAttention"], matches["FuseLinear"]) == (2, 4)
+    assert (matches["RaiseSoftmax"], matches["RaiseLatent"]) == (0, 0)
     assert all(row.max_abs_error <= 1e-5 for row in report.rows)
     assert count(program, torch.ops.aten.linear.default) == 2 * 4 + 1
     assert count(program, torch.ops.regraft.attention.default) == 0
@@ -28,34 +39,42 @@ def test_default_passes_report_matches_and_no_error(program):
 
 
 def test_a_wrong_rotation_is_caught(program, monkeypatch):
-    from regraft.passes import raise_attention
+    from regraft.passes import rotation
 
-    right = raise_attention._as_rotation
+    right = rotation.as_rotation
 
     def wrong(matrix):
-        cos, sin, style, offset = right(matrix)
-        return cos, sin, "interleaved" if style == "half" else "half", offset
+        cos, sin, style, *rest = right(matrix)
+        return cos, sin, "interleaved" if style == "half" else "half", *rest
 
-    monkeypatch.setattr(raise_attention, "_as_rotation", wrong)
+    monkeypatch.setattr(rotation, "as_rotation", wrong)
     with pytest.raises(RegraftError, match="RaiseAttention changed the output"):
         run(program, DEFAULT, Context())
 
 
 @pytest.mark.parametrize("style", ["half", "interleaved"])
 @pytest.mark.parametrize("offset", [0, 4])
-def test_rotation_matrices_are_recognised(style, offset):
+@pytest.mark.parametrize("deinterleaved", [False, True])
+def test_rotation_matrices_are_recognised(style, offset, deinterleaved):
     from regraft.kernels.rotary.reference import rotate
-    from regraft.passes.raise_attention import _as_rotation
+    from regraft.passes.rotation import as_rotation
+
+    if deinterleaved and style == "interleaved":
+        pytest.skip("channels go to halves for a rotation of halves only")
 
     angles = torch.rand(1, 3, 4) + 0.1
     eye = torch.eye(16)[:, None, None].expand(16, 1, 3, 16)
     turned = rotate(eye, angles.cos(), angles.sin(), style == "interleaved", offset)
     matrix = turned.permute(1, 2, 3, 0)
-    cos, sin, found, start = _as_rotation(matrix)
-    assert (found, start) == (style, offset)
+    if deinterleaved:
+        order = torch.arange(16)
+        order[offset : offset + 8] = offset + torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])
+        matrix = matrix[..., order.argsort()]
+    cos, sin, *found = as_rotation(matrix)
+    assert found == [style, offset, deinterleaved]
     torch.testing.assert_close(cos, angles.cos())
     torch.testing.assert_close(sin, angles.sin())
-    assert _as_rotation(matrix * 1.01 + 0.01) is None
+    assert as_rotation(matrix * 1.01 + 0.01) is None
 
 
 def test_a_required_pass_without_match_is_an_error(program):
@@ -92,7 +111,7 @@ def test_every_pass_states_its_rewrite():
 def test_dump_dir_holds_a_graph_a_pass(llama, tmp_path):
     regraft.compile(llama, [RaiseAttention()][:0], dump_dir=tmp_path)
     names = sorted(path.name for path in tmp_path.iterdir())
-    steps = ("CleanUp", "RaiseAttention", "FuseLinear", "OutlineLayers")
+    steps = [type(step).__name__ for step in (*DEFAULT, *FINAL)]
     assert names == [f"{i:02d}_{step}.txt" for i, step in enumerate(steps, 1)]
 
 

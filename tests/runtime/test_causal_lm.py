@@ -95,3 +95,11 @@ def test_bad_input_gives_one_clear_error(compiled, inputs, message):
 def test_compile_refuses_what_it_cannot_take():
     with pytest.raises(RegraftError, match="cannot compile a Linear"):
         regraft.compile(torch.nn.Linear(2, 2))
+
+
+def test_to_refuses_another_device_or_dtype(compiled):
+    assert compiled.to("cpu") is compiled and compiled.to(torch.float32) is compiled
+    assert compiled.to(device=torch.device("cpu"), dtype=torch.float32) is compiled
+    for target in ("meta", torch.float16):
+        with pytest.raises(RegraftError, match="compiled for cpu and torch.float32"):
+            compiled.to(target)

@@ -1,0 +1,112 @@
+import csv
+import io
+import json
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from regraft.cli import app
+from regraft.program import RegraftError
+from tests.conftest import tiny
+
+VERBS = ("demo", "compile", "generate", "inspect", "passes", "bench")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tiny("llama").save_pretrained(folder)
+    words = {"[UNK]": 0, "one": 3, "two": 4, "three": 5}
+    words |= {f"w{i}": i for i in range(6, 256)}
+    tokenizer = Tokenizer(models.WordLevel(words, "[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def caches(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("REGRAFT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("REGRAFT_INDUCTOR", "0")
+        yield
+
+
+def regraft(*arguments):
+    result = CliRunner().invoke(app, [str(item) for item in arguments])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.stdout
+
+
+@pytest.mark.parametrize("verb", ["", *VERBS])
+def test_help_fits_a_screen(verb):
+    lines = regraft(*filter(None, [verb]), "--help").rstrip().split("\n")
+    assert len(lines) <= 24 and max(map(len, lines)) <= 80
+    assert verb or all(name in "\n".join(lines) for name in VERBS)
+
+
+def test_generate_prints_the_models_own_words(folder):
+    text = regraft("generate", "-m", folder, "-p", "one two", "-n", 4)
+    model = tiny("llama")
+    made = model.generate(torch.tensor([[3, 4]]), max_new_tokens=4, do_sample=False)[0, 2:]
+    words = PreTrainedTokenizerFast.from_pretrained(folder)
+    assert text.split() == words.decode(made, skip_special_tokens=True).split()
+
+
+def test_inspect_shows_signature_passes_and_cache(folder):
+    text = regraft("inspect", "-m", folder, "--kv-bits", "4")
+    assert "past_key_values.0.key" in text and "RaiseAttention" in text
+    assert "KVQuant" in text and "bytes a token" in text
+
+
+def test_inspect_graph_and_diff(folder):
+    graph = regraft("inspect", "-m", folder, "--graph")
+    assert "regraft.cached_attention" in graph and "model.layers.1.self_attn" in graph
+    diff = regraft("inspect", "-m", folder, "--diff", "RaiseAttention")
+    assert "\n+cached_attention" in diff and "\n-attention" in diff
+    text = regraft("inspect", "-m", folder, "--diff", "RaiseAttention", "--markdown")
+    assert text.startswith("## RaiseAttention") and "```diff" in text
+    unchanged = regraft("inspect", "-m", folder, "--diff", "KVQuant")
+    assert unchanged == "KVQuant leaves the graph as it is\n"
+
+
+def test_passes_lists_each_with_its_settings():
+    text = regraft("passes")
+    assert all(name in text for name in ("CleanUp", "RaiseAttention", "KVQuant", "bits=4"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "-m", "nowhere", "-p", "x"], "no config.json"),
+        (["generate", "-m", "nowhere", "-p", "x", "--kv-bits", "5"], "bits must be"),
+        (["generate", "-m", "nowhere", "-p", "x", "--kv-bits", "four"], "2, 3, 4, 8 or none"),
+        (["inspect", "--diff", "RaiseAttentoin"], "did you mean 'RaiseAttention'"),
+        (["bench", "speed"], "unknown suite 'speed'"),
+        (["bench", "capture", "-o", "xml"], "unknown output 'xml'"),
+        (["bench", "capture", "--onnx", "x"], "belongs to the suite decode"),
+    ],
+)
+def test_bad_arguments_give_one_clear_error(arguments, message):
+    with pytest.raises(RegraftError, match=message):
+        regraft(*arguments)
+
+
+def test_bench_prints_and_writes_every_format(tmp_path, monkeypatch):
+    from regraft.benchmarks import perplexity
+    from regraft.benchmarks.harness import Check, Result
+
+    rows = [{"model": "a", "t/s": 2.5}]
+    made = Result("regraft bench x", {"threads": 2}, rows, [Check.at_least("speed", 2.5, 2)])
+    monkeypatch.setattr(perplexity, "run", lambda quick: made)
+    path = tmp_path / "deep" / "x.json"
+    assert json.loads(regraft("bench", "perplexity", "-o", "json", "--json", path))["rows"] == rows
+    assert json.loads(path.read_text()) == made.to_dict()
+    assert "| speed | 2.5 | >= 2 | yes |" in path.with_suffix(".md").read_text()
+    table = regraft("bench", "perplexity", "-o", "csv").strip()
+    assert list(csv.DictReader(io.StringIO(table))) == [{"model": "a", "t/s": "2.5"}]
+    assert "| a | 2.5 |" in regraft("bench", "perplexity")
