@@ -75,7 +75,7 @@ class Memory:
         small, self.template = self._run(2, 3), self._run(3, 5)
         self._original = {key: before.get(key) for key in self.template[1]}
         cache = self.template[0]
-        self.keys = [
+        self.keys: list[tuple[int, Any, Any]] = [
             (index, layer.keys, layer.values)
             for index, layer in enumerate(getattr(cache, "layers", ()))
             if isinstance(layer, DynamicLayer) and layer.keys is not None
@@ -127,7 +127,7 @@ class Memory:
     def zeros(self, rows: int) -> list[Tensor]:
         """Empty keys and values, and states before the first token."""
         device = self.model.device
-        sizes: dict[Any, int] = {"batch_size": rows, "past_sequence_length": 0}
+        sizes: dict[Any, Any] = {"batch_size": rows, "past_sequence_length": 0}
         pairs = [t[:1, :, :0].expand(rows, -1, -1, -1) for _, *pair in self.keys for t in pair]
         states = [
             torch.zeros([sizes.get(size, size) for size in shape], dtype=dtype, device=device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from itertools import pairwise
 from operator import getitem
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -141,7 +142,8 @@ def _lower_states(graph: fx.Graph, cache: fx.Node, ids: fx.Node, past: list[fx.N
         node.replace_all_uses_with(state)
         graph.erase_node(node)
     output = graph.output_node()
-    written = list(output.args[0][-len(past) :])  # type: ignore[index]
+    results: Any = output.args[0]
+    written = list(results[-len(past) :])
     with graph.inserting_before(output):
         graph.call_function(_write_states, (cache, ids, written))
 

@@ -49,7 +49,7 @@ class RecurrentStates:
         """The states after the last token; zeros for this many rows before the first."""
         if self._steps:
             return self._steps[-1][1]
-        sizes: dict[Any, int] = {"batch_size": rows, "past_sequence_length": 0}
+        sizes: dict[Any, Any] = {"batch_size": rows, "past_sequence_length": 0}
         return [
             torch.zeros([sizes.get(n, n) for n in spec.shape], dtype=spec.dtype, device=device)
             for spec in self.specs

@@ -50,7 +50,7 @@ class Steps:
         for size in self._pieces(past, ids.shape[1]):
             stop = start + size
             here = ((keep >= start) & (keep < stop)).nonzero().flatten()
-            run = self.step if size == 1 else self.prefill
+            run = self.step if size == 1 or self.prefill is None else self.prefill
             part = slice(start, stop)
             made = run(
                 ids[:, part], mask[:, : past + stop], positions[:, part], keep[here] - start, cache
