@@ -18,11 +18,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import (
-    DynamicCache,
     DummyLayer,
+    DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
-    LinearAttentionCacheLayerMixin,
 )
 
 from regraft.program import RegraftError
@@ -149,6 +148,20 @@ class Memory:
         for key, tensor in held.items():
             _hold(self.model, key, tensor)
         return [cache, held]
+
+    def row(self, states: Sequence[Tensor], index: int) -> list[Tensor]:
+        """The states of one row; there are no keys and values."""
+        return [
+            state.narrow(shape.index("batch_size"), index, 1) if "batch_size" in shape else state
+            for state, (_, shape, _) in zip(states, self.states, strict=True)
+        ]
+
+    def join(self, rows: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+        """The states of all rows, given those of each row for each state."""
+        return [
+            torch.cat(parts, shape.index("batch_size")) if "batch_size" in shape else parts[0]
+            for parts, (_, shape, _) in zip(rows, self.states, strict=True)
+        ]
 
     def arguments(self, given: list[Any]) -> dict[str, Any]:
         return {self.argument: given[0]} if self.argument else {}

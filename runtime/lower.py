@@ -122,12 +122,13 @@ def _lower_attention(graph: fx.Graph, node: fx.Node, cache: fx.Node, index: int)
              offset),
         )  # fmt: skip
     for user in list(node.users):
-        if user.args[1] == 0:
+        kind: Any = user.args[1]
+        if kind == 0:
             user.replace_all_uses_with(out)
             graph.erase_node(user)
         else:
             user.target = _present
-            user.args = (cache, index, user.args[1] - 1, out, table, style == "interleaved", offset)
+            user.args = (cache, index, kind - 1, out, table, style == "interleaved", offset)
     graph.erase_node(node)
 
 
