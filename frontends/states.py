@@ -159,7 +159,7 @@ class Memory:
     def join(self, rows: Sequence[Sequence[Tensor]]) -> list[Tensor]:
         """The states of all rows, given those of each row for each state."""
         return [
-            torch.cat(parts, shape.index("batch_size")) if "batch_size" in shape else parts[0]
+            torch.cat(list(parts), shape.index("batch_size")) if "batch_size" in shape else parts[0]
             for parts, (_, shape, _) in zip(rows, self.states, strict=True)
         ]
 
