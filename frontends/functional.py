@@ -47,7 +47,7 @@ def _replace(graph: fx.Graph, node: fx.Node) -> None:
     order = {n: i for i, n in enumerate(graph.nodes)}
     if not isinstance(target, fx.Node) or target.op != "call_function" or _views(target):
         return
-    written = node.args[0]
+    written: Any = node.args[0]
     aliases = _aliases(target) - {node}
     late = {a: [u for u in a.users if order[u] > order[node]] for a in aliases}
     stale = [a for a in sorted(aliases, key=order.__getitem__) if order[a] < order[node]]
@@ -63,7 +63,8 @@ def _replace(graph: fx.Graph, node: fx.Node) -> None:
     fresh: dict[fx.Node, fx.Node] = {target: value}
     with graph.inserting_before(node):
         for alias in stale:
-            if alias is not target and alias.args[0] in fresh:
+            viewed: Any = alias.args[0]
+            if alias is not target and viewed in fresh:
                 fresh[alias] = graph.node_copy(alias, lambda n: fresh.get(n, n))
     node.replace_all_uses_with(fresh.get(written, value))
     for alias in stale:

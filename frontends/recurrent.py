@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from dataclasses import replace
 from itertools import product
 
 import torch
@@ -25,21 +26,34 @@ from regraft.program import CacheSpec, LayerState, Program, RegraftError, Tensor
 ROWS, PAST, QUERIES, PADDING = 2, 7, 3, 2
 LONGEST = 4096
 TOLERANCE = 1e-5
+GAIN = 0.5  # most operators of a prefill, as a share of those of its tokens one by one
 
 
 class RecurrentStep(torch.nn.Module):
     """One call of the model as a function of ids, mask, positions, keys, values and states.
 
+    apart: each row in a call of its own, for models that mix rows when they get one token.
     masked: whether the model gets the attention mask. frozen: a token that the mask excludes
     leaves the states as they were, which a model ensures for many tokens but not for one.
     """
 
-    def __init__(self, model: PreTrainedModel, memory: Memory, masked: bool, frozen: bool) -> None:
+    def __init__(
+        self, model: PreTrainedModel, memory: Memory, masked: bool, frozen: bool, apart: bool
+    ) -> None:
         super().__init__()
         self.model, self.memory, self.masked, self.frozen = model, memory, masked, frozen
+        self.apart = apart
         self.accepted = set(inspect.signature(model.forward).parameters)
 
     def forward(self, input_ids, attention_mask, position_ids, logits_to_keep, *past):
+        if self.apart and input_ids.shape[0] > 1:
+            rows = []
+            for row in range(input_ids.shape[0]):
+                part = slice(row, row + 1)
+                given = (input_ids[part], attention_mask[part], position_ids[part])
+                rows.append(self(*given, logits_to_keep, *self.memory.row(past, row)))
+            logits, *states = zip(*rows, strict=True)
+            return torch.cat(logits), *self.memory.join(states)
         keeps = "logits_to_keep" in self.accepted
         extra = {"logits_to_keep": logits_to_keep} if keeps else {}
         if self.masked:
@@ -127,14 +141,23 @@ def capture_recurrent(model: PreTrainedModel, trial: Trial) -> Program:
                 f"prompt at once ({step}): its states are not understood"
             )
         program = _program(trial, step, 1, states)
+        if step.apart:
+            program.metadata["prefill"] = "it mixes the rows of a batch"
+            return program
         many, _ = _choose(trial, memory, [4, PAST + QUERIES - 4], (False,), 1)
         if isinstance(many, str):
             program.metadata["prefill"] = many
             return program
         try:
-            program.prefill = _program(trial, many, QUERIES, states)
+            prefill = _program(trial, many, QUERIES, states)
         except RegraftError as error:
             program.metadata["prefill"] = str(error)
+            return program
+        single, several = (len(part.graph.nodes) for part in (program, prefill))
+        if several > GAIN * single * (prefill.tokens[1] or LONGEST):
+            program.metadata["prefill"] = f"{several} operators, token by token {single}"
+        else:
+            program.prefill = prefill
         return program
     finally:
         memory.restore()
@@ -150,8 +173,9 @@ def _choose(
     tolerance = max(TOLERANCE, 8 * torch.finfo(memory.model.dtype).eps)
     best: tuple[float, RecurrentStep | str, list[Tensor]] = (slack * tolerance, "", [])
     reasons = []
-    for masked, frozen in product((True, False), freezing):
-        step = RecurrentStep(memory.model, memory, masked, frozen)
+    apart = (False,) if memory.keys else (False, True)
+    for alone, masked, frozen in product(apart, (True, False), freezing):
+        step = RecurrentStep(memory.model, memory, masked, frozen, alone)
         try:
             error, states = trial.error(step, sizes)
         except (RuntimeError, ValueError, IndexError, TypeError) as failure:
@@ -195,6 +219,10 @@ def _program(trial: Trial, step: RecurrentStep, size: int, states: list[Tensor])
         outputs.append(TensorSpec(f"present.{name}", after, dtype, "state"))
         dynamic.append(tuple(i for i, size in enumerate(shape) if isinstance(size, str)))
     inputs += recurrent
+    if step.apart:
+        examples = [t[:1] for t in examples[:3]] + [examples[3], *memory.row(states, 0)]
+        dynamic = [(), (1,), (), (0,), *(() for _ in states)]
+        inputs[:3] = [replace(spec, shape=(1, *spec.shape[1:])) for spec in inputs[:3]]
     module, names, fakes = trace(step, inputs, examples, dynamic)
     functionalize(module.graph)
     module.recompile()

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import (
+    DummyLayer,
     DynamicCache,
-    DynamicIndexedLayer,
     DynamicLayer,
-    LinearAttentionCacheLayerMixin,
+    DynamicSlidingWindowLayer,
 )
 
 from regraft.program import RegraftError
@@ -56,8 +56,8 @@ def _captured_class(base: type[DynamicLayer]) -> type[CapturedLayer]:
 
 def is_recurrent(model: PreTrainedModel) -> bool:
     """Whether transformers gives any layer of this model more than keys and values."""
-    more = (LinearAttentionCacheLayerMixin, DynamicIndexedLayer)
-    return any(isinstance(layer, more) for layer in DynamicCache(config=model.config).layers)
+    plain = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
+    return any(type(layer) not in plain for layer in DynamicCache(config=model.config).layers)
 
 
 class Memory:
@@ -74,7 +74,7 @@ class Memory:
         small, self.template = self._run(2, 3), self._run(3, 5)
         self._original = {key: before.get(key) for key in self.template[1]}
         cache = self.template[0]
-        self.keys = [
+        self.keys: list[tuple[int, Any, Any]] = [
             (index, layer.keys, layer.values)
             for index, layer in enumerate(getattr(cache, "layers", ()))
             if isinstance(layer, DynamicLayer) and layer.keys is not None
@@ -126,7 +126,7 @@ class Memory:
     def zeros(self, rows: int) -> list[Tensor]:
         """Empty keys and values, and states before the first token."""
         device = self.model.device
-        sizes: dict[Any, int] = {"batch_size": rows, "past_sequence_length": 0}
+        sizes: dict[Any, Any] = {"batch_size": rows, "past_sequence_length": 0}
         pairs = [t[:1, :, :0].expand(rows, -1, -1, -1) for _, *pair in self.keys for t in pair]
         states = [
             torch.zeros([sizes.get(size, size) for size in shape], dtype=dtype, device=device)
@@ -148,6 +148,20 @@ class Memory:
         for key, tensor in held.items():
             _hold(self.model, key, tensor)
         return [cache, held]
+
+    def row(self, states: Sequence[Tensor], index: int) -> list[Tensor]:
+        """The states of one row; there are no keys and values."""
+        return [
+            state.narrow(shape.index("batch_size"), index, 1) if "batch_size" in shape else state
+            for state, (_, shape, _) in zip(states, self.states, strict=True)
+        ]
+
+    def join(self, rows: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+        """The states of all rows, given those of each row for each state."""
+        return [
+            torch.cat(list(parts), shape.index("batch_size")) if "batch_size" in shape else parts[0]
+            for parts, (_, shape, _) in zip(rows, self.states, strict=True)
+        ]
 
     def arguments(self, given: list[Any]) -> dict[str, Any]:
         return {self.argument: given[0]} if self.argument else {}

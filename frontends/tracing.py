@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -32,9 +33,10 @@ def trace(
         _fake(mode, example, dims, spec.name)
         for spec, example, dims in zip(inputs, examples, dynamic, strict=True)
     ]
-    name = type(step.model).__name__
+    model: Any = step.model
+    name = type(model).__name__
     try:
-        with mode, module_paths(step.model):
+        with mode, module_paths(model):
             module = make_fx(
                 step, pre_dispatch=True, record_stack_traces=True, _allow_non_fake_inputs=True
             )(*fakes)
@@ -49,7 +51,7 @@ def trace(
     if fixed:
         raise RegraftError(f"{name} fixes dynamic sizes: {fixed}")
     name_sources(module.graph)
-    return module, _name_constants(module, step.model), fakes
+    return module, _name_constants(module, model), fakes
 
 
 def _fake(mode: FakeTensorMode, tensor: Tensor, dynamic: tuple[int, ...], name: str) -> Tensor:

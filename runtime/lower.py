@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from itertools import pairwise
 from operator import getitem
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -121,12 +122,13 @@ def _lower_attention(graph: fx.Graph, node: fx.Node, cache: fx.Node, index: int)
              offset),
         )  # fmt: skip
     for user in list(node.users):
-        if user.args[1] == 0:
+        kind: Any = user.args[1]
+        if kind == 0:
             user.replace_all_uses_with(out)
             graph.erase_node(user)
         else:
             user.target = _present
-            user.args = (cache, index, user.args[1] - 1, out, table, style == "interleaved", offset)
+            user.args = (cache, index, kind - 1, out, table, style == "interleaved", offset)
     graph.erase_node(node)
 
 
@@ -141,7 +143,8 @@ def _lower_states(graph: fx.Graph, cache: fx.Node, ids: fx.Node, past: list[fx.N
         node.replace_all_uses_with(state)
         graph.erase_node(node)
     output = graph.output_node()
-    written = list(output.args[0][-len(past) :])  # type: ignore[index]
+    results: Any = output.args[0]
+    written = list(results[-len(past) :])
     with graph.inserting_before(output):
         graph.call_function(_write_states, (cache, ids, written))
 

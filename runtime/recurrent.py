@@ -49,7 +49,7 @@ class RecurrentStates:
         """The states after the last token; zeros for this many rows before the first."""
         if self._steps:
             return self._steps[-1][1]
-        sizes: dict[Any, int] = {"batch_size": rows, "past_sequence_length": 0}
+        sizes: dict[Any, Any] = {"batch_size": rows, "past_sequence_length": 0}
         return [
             torch.zeros([sizes.get(n, n) for n in spec.shape], dtype=spec.dtype, device=device)
             for spec in self.specs
@@ -59,6 +59,29 @@ class RecurrentStates:
         """Replace the states after a step of count tokens."""
         owned = [_compact(state) for state in states]
         self._steps = [*self._steps[-self.rollback :], (self.length + count, owned)]
+
+    def split(self, rows: int) -> list[RecurrentStates]:
+        """The states after the last token, each row on its own."""
+        made = []
+        for row in range(rows):
+            alone = RecurrentStates(self.specs, 0)
+            if self._steps:
+                length, states = self._steps[-1]
+                pairs = zip(self.specs, states, strict=True)
+                alone._steps = [(length, [_select(*p, torch.tensor([row])) for p in pairs])]
+            made.append(alone)
+        return made
+
+    def join(self, rows: Sequence[RecurrentStates], count: int) -> None:
+        """Replace the states after a step of count tokens that each row took on its own."""
+        parts = zip(*(row._steps[-1][1] for row in rows), strict=True)
+        joined = [
+            torch.cat(part, spec.shape.index("batch_size"))
+            if "batch_size" in spec.shape
+            else part[0]
+            for spec, part in zip(self.specs, parts, strict=True)
+        ]
+        self.append(joined, count)
 
     def check(self, length: int) -> None:
         """Raise ValueError when truncate could not go back to this length."""
@@ -104,4 +127,4 @@ def _compact(state: Tensor) -> Tensor:
 def _select(spec: TensorSpec, state: Tensor, index: Tensor) -> Tensor:
     if "batch_size" not in spec.shape:
         return state
-    return state.index_select(spec.shape.index("batch_size"), index)
+    return state.index_select(spec.shape.index("batch_size"), index.to(state.device))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, fx
 
@@ -23,6 +25,7 @@ class Steps:
 
     def __init__(self, program: Program) -> None:
         self.single = program.tokens == (1, 1)
+        self.apart = program.inputs[0].shape[0] == 1
         self.rollback = 0 if growing(program.cache.states) else program.cache.rollback
         self.regions: dict[str, Region] = {}
         self.step, self.prefill = self._lower(program, ""), None
@@ -50,12 +53,10 @@ class Steps:
         for size in self._pieces(past, ids.shape[1]):
             stop = start + size
             here = ((keep >= start) & (keep < stop)).nonzero().flatten()
-            run = self.step if size == 1 else self.prefill
+            run = self.step if size == 1 or self.prefill is None else self.prefill
             part = slice(start, stop)
-            made = run(
-                ids[:, part], mask[:, : past + stop], positions[:, part], keep[here] - start, cache
-            )
-            logits.append(made)
+            given = ids[:, part], mask[:, : past + stop], positions[:, part], keep[here] - start
+            logits.append(_apart(run, *given, cache) if self.apart else run(*given, cache))
             order.append(here)
             start = stop
         return torch.cat(logits, 1)[:, torch.cat(order).argsort()]
@@ -68,3 +69,15 @@ class Steps:
             return [1] * length
         count, rest = divmod(length, largest)
         return [largest] * count + ([rest] if rest >= self.shortest else [1] * rest)
+
+
+def _apart(
+    run: Callable, ids: Tensor, mask: Tensor, positions: Tensor, keep: Tensor, cache: CacheState
+) -> Tensor:
+    """Row by row, for a graph of one row."""
+    assert cache.states is not None
+    alone = cache.states.split(ids.shape[0])
+    rows = zip(ids.split(1), mask.split(1), positions.split(1), alone, strict=True)
+    logits = [run(*row, keep, CacheState([], states=own)) for *row, own in rows]
+    cache.states.join(alone, ids.shape[1])
+    return torch.cat(logits)

@@ -2,6 +2,8 @@ import pytest
 import torch
 
 import regraft
+from regraft.frontends.huggingface import capture
+from regraft.frontends.states import Memory
 from regraft.program import RegraftError, TensorSpec
 from regraft.runtime.recurrent import RecurrentStates
 from tests.conftest import tiny
@@ -22,11 +24,12 @@ MODELS = {
     "jamba": dict(attn_layer_period=2, attn_layer_offset=1, mamba_d_state=8, num_experts=2),
     "lfm2": dict(layer_types=["conv", "full_attention"]),
     "qwen3_next": LINEAR,
+    "rwkv": dict(attention_hidden_size=64, context_length=64),
     "recurrent_gemma": dict(
         block_types=["recurrent", "attention"], lru_width=64, attention_window_size=8
     ),
 }
-STATES = {"mamba": 4, "jamba": 2, "lfm2": 1, "qwen3_next": 2, "recurrent_gemma": 2}
+STATES = {"mamba": 4, "jamba": 2, "lfm2": 1, "qwen3_next": 2, "rwkv": 5, "recurrent_gemma": 2}
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +48,7 @@ def compiled():
 
 def eager(model, ids, mask):
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    extra = {} if model.config.model_type == "mamba" else {"position_ids": positions}
+    extra = {} if model.config.model_type in ("mamba", "rwkv") else {"position_ids": positions}
     with torch.no_grad():
         return model(input_ids=ids, attention_mask=mask, use_cache=False, **extra).logits
 
@@ -133,7 +136,7 @@ def test_saved_and_loaded_with_its_prefill(compiled, batch, tmp_path):
 
 def test_program_and_prefill_share_their_weights(compiled):
     program = compiled("qwen3_next")[0].program
-    parts = [dict(part.graph_module.named_parameters()) for part in program.parts]
+    parts = [dict(part.graph_module.named_parameters()) for part in program.parts.values()]
     shared = parts[0].keys() & parts[1].keys()
     assert any("fused" in name for name in shared)
     assert all(parts[0][name] is parts[1][name] for name in shared)
@@ -142,12 +145,15 @@ def test_program_and_prefill_share_their_weights(compiled):
 def test_modules_get_back_what_they_held(compiled):
     _, model = compiled("recurrent_gemma")
     block = model.model.layers[0].temporal_block
-    assert block.conv1d_state is None and block.rg_lru.recurrent_states is None
+    held = (block.conv1d_state, block.rg_lru.recurrent_states)
+    assert all(state is None or type(state) is torch.Tensor for state in held)
 
 
-def test_states_that_do_not_start_empty_are_refused():
+def test_states_that_do_not_start_empty_are_refused(monkeypatch):
+    zeros = Memory.zeros
+    monkeypatch.setattr(Memory, "zeros", lambda self, rows: [t + 1 for t in zeros(self, rows)])
     with pytest.raises(RegraftError, match="differs from the whole prompt"):
-        regraft.compile(tiny("rwkv", attention_hidden_size=64))
+        capture(tiny("mamba", state_size=8))
 
 
 def specs():
