@@ -47,8 +47,8 @@ def _measure(dtype: torch.dtype, depths: tuple[int, ...], rows: list, checks: li
 
     torch.manual_seed(0)
     name = str(dtype).removeprefix("torch.")
-    model = LlamaForCausalLM(LlamaConfig(**SHAPE))
-    model = model.to(device="cuda", dtype=dtype).eval()
+    model: Any = LlamaForCausalLM(LlamaConfig(**SHAPE))
+    model = model.to("cuda", dtype).eval()
     model.lm_head.weight.mul_(20)  # logits of a trained model's size
     start = time.perf_counter()
     ours = regraft.compile(model, target="cuda")
@@ -105,9 +105,9 @@ def _measure(dtype: torch.dtype, depths: tuple[int, ...], rows: list, checks: li
 
 
 def _milliseconds(functions: dict[str, Any], rounds: int) -> dict[str, tuple[float, float]]:
-    seconds = interleaved(functions, rounds)
     return {
-        key: (1000 * statistics.median(s), 1000 * statistics.pstdev(s)) for key, s in seconds.items()
+        key: (1000 * statistics.median(seconds), 1000 * statistics.pstdev(seconds))
+        for key, seconds in interleaved(functions, rounds).items()
     }
 
 

@@ -16,13 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import (
-    DummyLayer,
-    DynamicCache,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-)
+from transformers import PreTrainedConfig, PreTrainedModel, cache_utils
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from regraft.program import RegraftError
 
@@ -56,7 +51,7 @@ def _captured_class(base: type[DynamicLayer]) -> type[CapturedLayer]:
 
 def is_recurrent(model: PreTrainedModel) -> bool:
     """Whether transformers gives any layer of this model more than keys and values."""
-    plain = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
+    plain = {DynamicLayer, DynamicSlidingWindowLayer, getattr(cache_utils, "DummyLayer", None)}
     return any(type(layer) not in plain for layer in DynamicCache(config=model.config).layers)
 
 
