@@ -55,21 +55,8 @@ def _decode(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float |
     q = q.reshape(batch, shared, heads // shared, q.shape[-1])
     if mask is not None and mask.shape[1] > 1:
         mask = mask.expand(-1, heads, 1, -1).reshape(mask.shape[0], shared, -1, mask.shape[-1])
-    if q.is_cuda:
-        out = _products(q, k, v, mask, scale)
-    else:
-        out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+    out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
     return out.reshape(batch, heads, 1, v.shape[-1])
-
-
-def _products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
-    """Two matrix products: torch's fused kernels give a head of one query to one multiprocessor."""
-    scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
-    if mask is not None and mask.dtype == torch.bool:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    elif mask is not None:
-        scores = scores + mask
-    return torch._safe_softmax(scores, -1, dtype=torch.float32).to(v.dtype) @ v
 
 
 def _explicit(
