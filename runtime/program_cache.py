@@ -73,8 +73,8 @@ def fingerprint(model: torch.nn.Module, settings: Sequence[Any]) -> str | None:
     for name, tensor in model.named_parameters(remove_duplicate=False):
         add(name, tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
         add(first.setdefault(id(tensor), name))
-    for name, tensor in model.named_buffers():
-        add(name, tensor.dtype, tensor.shape, _bytes(tensor))
+    for name, buffer in model.named_buffers():
+        add(name, buffer.dtype, buffer.shape, _bytes(buffer))
     return digest.hexdigest()[:32]
 
 
