@@ -15,7 +15,6 @@ from regraft.program import Program, RegraftError, Report
 from regraft.runtime.artefact import save
 from regraft.runtime.cache import CacheState
 from regraft.runtime.lower import new_cache
-from regraft.runtime.placement import check_placement
 from regraft.runtime.steps import Steps
 
 
@@ -180,7 +179,14 @@ class Compiled(GenerationMixin):
 
     def to(self, *args: Any, **kwargs: Any) -> Compiled:
         """Itself; RegraftError when asked for another device or dtype than it was compiled for."""
-        check_placement(self, *args, **kwargs)
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        if device is not None and device.type == self.device.type:
+            device = self.device if device.index is None else device
+        if device not in (None, self.device) or dtype not in (None, self.dtype):
+            raise RegraftError(
+                f"the model was compiled for {self.device} and {self.dtype}: move the original "
+                "and compile it again"
+            )
         return self
 
     def get_experts_implementation(self) -> dict[str, str]:
