@@ -6,6 +6,7 @@ them. The logits of every contender are compared first.
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from regraft.benchmarks.harness import Check, Result, environment, interleaved
 
 EAGER, COMPILED, OURS = "eager", "torch.compile", "regraft"
-SHAPE = dict(
+SHAPE: dict[str, Any] = dict(
     hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
     num_key_value_heads=3, vocab_size=49152, max_position_embeddings=8192,
     tie_word_embeddings=True,
@@ -46,7 +47,8 @@ def _measure(dtype: torch.dtype, depths: tuple[int, ...], rows: list, checks: li
 
     torch.manual_seed(0)
     name = str(dtype).removeprefix("torch.")
-    model = LlamaForCausalLM(LlamaConfig(**SHAPE)).to("cuda", dtype).eval()
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE))
+    model = model.to(device="cuda", dtype=dtype).eval()
     model.lm_head.weight.mul_(20)  # logits of a trained model's size
     start = time.perf_counter()
     ours = regraft.compile(model, target="cuda")
@@ -78,7 +80,7 @@ def _measure(dtype: torch.dtype, depths: tuple[int, ...], rows: list, checks: li
 
             return function
 
-        found = interleaved({key: timed(key) for key in held}, ROUNDS)
+        found = _milliseconds({key: timed(key) for key in held}, ROUNDS)
         for key, (ms, sd) in found.items():
             rows.append(_row(name, key, "tg", depth, 1, ms, sd, seconds, error))
         for other in (EAGER, COMPILED):
@@ -95,11 +97,18 @@ def _measure(dtype: torch.dtype, depths: tuple[int, ...], rows: list, checks: li
 
         return function
 
-    found = interleaved({key: prefill(key) for key in (EAGER, OURS)}, 10)
+    found = _milliseconds({key: prefill(key) for key in (EAGER, OURS)}, 10)
     for key, (ms, sd) in found.items():
         rows.append(_row(name, key, f"pp{PROMPT}", 0, PROMPT, ms, sd, seconds, None))
     ratio = found[EAGER][0] / found[OURS][0]
     checks.append(Check.at_least(f"{name} prefill / {EAGER}", ratio, 1.0))
+
+
+def _milliseconds(functions: dict[str, Any], rounds: int) -> dict[str, tuple[float, float]]:
+    seconds = interleaved(functions, rounds)
+    return {
+        key: (1000 * statistics.median(s), 1000 * statistics.pstdev(s)) for key, s in seconds.items()
+    }
 
 
 def _call(model: Any, ids: torch.Tensor, cache: Any) -> torch.Tensor:

@@ -45,9 +45,10 @@ class OutlineLayers(Pass):
                 groups[region.key].append(region)
         repeated = [group for group in groups.values() if len(group) >= self.least]
         replaced: dict[fx.Node, fx.Node] = {}
-        for index, group in enumerate(repeated):
+        modules = [group[0].module() for group in repeated]
+        for index, (group, module) in enumerate(zip(repeated, modules, strict=True)):
             name = f"region_{index}"
-            program.graph_module.add_submodule(name, group[0].module())
+            program.graph_module.add_submodule(name, module)
             for region in group:
                 region.call(program.graph, name, replaced)
         if repeated:

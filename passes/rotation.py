@@ -244,7 +244,9 @@ class RotationFinder:
                     flat = tensor.squeeze(squeeze) if squeeze else tensor
                     for step in (None, 1, 2):
                         view = flat if step is None else flat[..., ::step][..., :pairs]
-                        if view.shape == wanted.shape and torch.allclose(view.float().cpu(), wanted):
+                        if view.shape != wanted.shape:
+                            continue
+                        if torch.allclose(view.float().cpu(), wanted):
                             part = index if value.is_complex() else None
                             return self._emit(node, part, squeeze, step, pairs)
         return None

@@ -23,9 +23,9 @@ class Sizes:
         self.made: dict[sympy.Expr, fx.Node] = {}
         self.symbols: dict[sympy.Expr, tuple[fx.Node, int]] = {}
         placeholders = self.graph.find_nodes(op="placeholder")
-        self.anchor = placeholders[-1]
+        self.anchor = placeholders[-1] if placeholders else next(iter(self.graph.nodes))
         for node in placeholders:
-            for dim, size in enumerate(node.meta["val"].shape):
+            for dim, size in enumerate(getattr(node.meta["val"], "shape", ())):
                 if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
                     self.symbols.setdefault(size.node.expr, (node, dim))
 
@@ -66,7 +66,8 @@ class Sizes:
 
     def simplify(self) -> int:
         """Replace every size that the graph reads or computes; how many were replaced."""
-        nodes = [n for n in self.graph.nodes if isinstance(n.meta.get("val"), torch.SymInt)]
+        calls = [n for n in self.graph.nodes if n.op != "placeholder"]
+        nodes = [n for n in calls if isinstance(n.meta.get("val"), torch.SymInt)]
         replaced = 0
         for node in nodes:
             found = self.of(node.meta["val"])

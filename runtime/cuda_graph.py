@@ -93,9 +93,7 @@ class Recording:
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            self.logits, self.tables = step(
-                self.ids, self.mask, self.positions, self.keep, cache
-            )
+            self.logits, self.tables = step(self.ids, self.mask, self.positions, self.keep, cache)
 
     def fits(self, inputs: tuple[Tensor, ...], cache: CacheState) -> bool:
         ids, mask, _, keep = inputs

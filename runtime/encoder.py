@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from regraft.program import Program, RegraftError, Report
+from regraft.runtime.causal_lm import Compiled
 from regraft.runtime.module import CompiledModule
 
 
@@ -45,8 +46,7 @@ class CompiledEncoder(CompiledModule):
         keep = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
         return output if keep or not hasattr(output, "to_tuple") else output.to_tuple()
 
-    def to(self, *args: Any, **kwargs: Any) -> CompiledEncoder:
-        return self
+    to: Any = Compiled.to
 
     def _check(self, ids: Tensor) -> None:
         if not ids.numel():

@@ -88,6 +88,12 @@ def test_bare_model_token_types_and_tuples(compiled):
     ] * 3
 
 
+def test_a_compiled_encoder_stays_where_it_is(compiled):
+    assert compiled.to("cpu") is compiled
+    with pytest.raises(RegraftError, match="compiled for cpu"):
+        compiled.to(torch.float16)
+
+
 def test_attention_that_is_not_registered_is_captured_and_reported():
     model = encoder("deberta-v2", HEADS["bert"], **SIZES)
     compiled = regraft.compile(model)

@@ -24,7 +24,7 @@ BART = dict(
 )
 MODELS = {
     "t5": dict(
-        d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, vocab_size=128,
+        d_model=32, d_kv=8, d_ff=64, num_layers=3, num_heads=4, vocab_size=128,
         decoder_start_token_id=0, initializer_factor=20.0,
     ),
     "bart": BART,
@@ -119,7 +119,7 @@ def test_cross_states_are_computed_once_from_the_encoded_input(pair):
     model, compiled = pair
     layers = len(compiled.program.cache.layers)
     assert [spec.name for spec in compiled.cross.outputs[:2]] == ["cross.0.key", "cross.0.value"]
-    assert len(compiled.cross.outputs) == 2 * layers == 4
+    assert len(compiled.cross.outputs) == 2 * layers
     attention = torch.ops.regraft.attention.default
     raised = torch.ops.regraft.cached_attention.default
     count = {
@@ -128,7 +128,8 @@ def test_cross_states_are_computed_once_from_the_encoded_input(pair):
         for target in (attention, raised)
     }
     assert count == {
-        ("cross", attention): 0, ("cross", raised): 0, ("step", attention): 2, ("step", raised): 2,
+        ("cross", attention): 0, ("cross", raised): 0,
+        ("step", attention): layers, ("step", raised): layers,
     }  # fmt: skip
     cache = compiled.new_cache()
     compiled(**inputs(model), decoder_input_ids=targets(1), past_key_values=cache)
