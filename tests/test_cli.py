@@ -110,3 +110,19 @@ def test_bench_prints_and_writes_every_format(tmp_path, monkeypatch):
     table = regraft("bench", "perplexity", "-o", "csv").strip()
     assert list(csv.DictReader(io.StringIO(table))) == [{"model": "a", "t/s": "2.5"}]
     assert "| a | 2.5 |" in regraft("bench", "perplexity")
+
+
+def test_a_compiled_folder_generates_and_can_be_inspected(folder, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("version: 1\npasses: [{KVQuant: {bits: 8}}]\n")
+    target = tmp_path / "compiled"
+    assert "KVQuant" in regraft("compile", folder, target, "--recipe", recipe)
+    assert (target / "regraft.json").is_file() and (target / "tokenizer.json").is_file()
+    words = regraft("generate", "-m", target, "-p", "one two", "-n", 4)
+    assert words == regraft("generate", "-m", folder, "-p", "one two", "-n", 4)
+    text = regraft("inspect", "-m", target)
+    assert "KVQuant" in text and "past_key_values.0.key" in text
+    with pytest.raises(RegraftError, match="compiled already, with its own cache"):
+        regraft("inspect", "-m", target, "--kv-bits", "4")
+    with pytest.raises(RegraftError, match="name the model it was compiled from"):
+        regraft("inspect", "-m", target, "--diff", "CleanUp")
