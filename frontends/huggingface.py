@@ -19,6 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+from regraft.frontends.guards import longest_context
 from regraft.frontends.opaque import around_data
 from regraft.frontends.recurrent import Trial, capture_recurrent
 from regraft.frontends.states import CapturedLayer, is_recurrent
@@ -219,7 +220,7 @@ def _capture(model: PreTrainedModel) -> Program:
 
 def _capture_attention(model: PreTrainedModel, shapes: list[tuple[Tensor, Tensor]]) -> Program:
     inputs, examples, dynamic = _signature(model, shapes)
-    module, names, _ = trace(_Step(model), inputs, examples, dynamic)
+    module, names, fakes = trace(_Step(model), inputs, examples, dynamic)
     outputs = [TensorSpec("logits", ("batch_size", "kept", "vocab"), model.dtype, "logits")]
     for spec in inputs[4:]:
         name = spec.name.replace("past_key_values", "present")
@@ -228,8 +229,9 @@ def _capture_attention(model: PreTrainedModel, shapes: list[tuple[Tensor, Tensor
     layers = tuple(LayerState() for _ in shapes)
     metadata = {"parameters": names}
     program = Program(
-        module, tuple(inputs), tuple(outputs), CacheSpec(layers), tuple(examples), metadata
-    )
+        module, tuple(inputs), tuple(outputs), CacheSpec(layers), tuple(examples), metadata,
+        context=longest_context(inputs, fakes),
+    )  # fmt: skip
     agree(model, program)
     return program
 

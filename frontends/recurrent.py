@@ -19,6 +19,7 @@ from torch.utils._sympy.printers import PythonPrinter
 from transformers import PreTrainedModel
 
 from regraft.frontends.functional import functionalize
+from regraft.frontends.guards import longest_context
 from regraft.frontends.states import Memory
 from regraft.frontends.tracing import trace
 from regraft.program import CacheSpec, LayerState, Program, RegraftError, TensorSpec
@@ -229,8 +230,9 @@ def _program(trial: Trial, step: RecurrentStep, size: int, states: list[Tensor])
     tokens = (1, 1) if size == 1 else _range(fakes[0].shape[1])
     spec = CacheSpec(tuple(LayerState() for _ in memory.keys), tuple(recurrent))
     return Program(
-        module, tuple(inputs), tuple(outputs), spec, tuple(examples), {"parameters": names}, tokens
-    )
+        module, tuple(inputs), tuple(outputs), spec, tuple(examples), {"parameters": names}, tokens,
+        context=longest_context(inputs, fakes),
+    )  # fmt: skip
 
 
 def _range(length: torch.SymInt) -> tuple[int, int | None]:

@@ -10,17 +10,18 @@ from transformers import PreTrainedModel
 from regraft.program import Program, RegraftError
 
 LENGTH, PADDING, PROMPT = 6, 2, 5
-TOLERANCE = 1e-4
+TOLERANCE = 1e-3
 
 
 def agree(model: PreTrainedModel, program: Program) -> None:
     """Raise RegraftError unless a padded prompt and a step after it give the model's logits.
 
     A model may run other code for an empty cache or for one token than for what it was captured
-    with. Differences up to 1e-4 of the logits' scale (32 eps of a coarser dtype) are rounding.
+    with. Differences up to 1e-3 of the logits' scale (32 eps of a coarser dtype) are rounding:
+    trained models amplify it, on special tokens most.
     """
     past = [example[:, :, :0] for example in program.examples[4:]]
-    ids = torch.arange(3, 3 + LENGTH).repeat(program.examples[0].shape[0], 1).to(model.device)
+    ids = torch.cat([program.examples[0]] * 2, 1)[:, :LENGTH]
     mask = torch.ones_like(ids)
     mask[0, :PADDING] = 0
     positions = (mask.cumsum(-1) - 1).clamp(min=0)

@@ -170,6 +170,12 @@ class Compiled(GenerationMixin):
         limit = getattr(self.config.get_text_config(decoder=True), "max_position_embeddings", None)
         if limit and total > limit:
             raise RegraftError(f"{total} tokens are beyond the model's limit of {limit}")
+        served = [p.context for p in self.program.parts.values() if p.context is not None]
+        if served and total > min(served):
+            raise RegraftError(
+                f"{total} tokens are beyond the {min(served)} that the captured graph serves: the "
+                "model's own code turns elsewhere for longer contexts"
+            )
 
     def can_generate(self) -> bool:
         return True

@@ -182,6 +182,8 @@ class CompiledSeq2Seq(GenerationMixin):
                 f"{past + ids.shape[1]} tokens are beyond the decoder's limit of {limit}"
             )
 
+    save = CompiledModule.save
+
     def can_generate(self) -> bool:
         return True
 

@@ -47,7 +47,8 @@ class Program:
 
     tokens: the fewest and the most tokens that a call takes, None for any number. prefill: the
     same step over several tokens, for models that compute one token by other code; its inputs
-    and outputs are those of the program.
+    and outputs are those of the program. context: the most tokens, past ones included, that the
+    graph serves, None for any number.
     """
 
     graph_module: fx.GraphModule
@@ -58,6 +59,7 @@ class Program:
     metadata: dict[str, Any] = field(default_factory=dict)
     tokens: tuple[int, int | None] = (1, None)
     prefill: Program | None = None
+    context: int | None = None
 
     @property
     def graph(self) -> fx.Graph:

@@ -100,6 +100,7 @@ def program_to_json(program: Program) -> dict[str, Any]:
         "states": [_spec_to_json(spec) for spec in program.cache.states],
         "rollback": program.cache.rollback,
         "tokens": list(program.tokens),
+        "context": program.context,
         "prefill": program.prefill and program_to_json(program.prefill),
     }
 
@@ -112,7 +113,7 @@ def program_from_json(data: dict[str, Any], tensors: Mapping[str, Tensor]) -> Pr
     states = tuple(map(_spec_from_json, data["states"]))
     program = Program(
         graph, specs[0], specs[1], CacheSpec(layers, states, data["rollback"]),
-        tokens=tuple(data["tokens"]),
+        tokens=tuple(data["tokens"]), context=data["context"],
     )  # fmt: skip
     if data["prefill"]:
         own = {
