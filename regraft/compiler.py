@@ -16,7 +16,7 @@ from regraft.program.folders import cache_dir
 from regraft.runtime.causal_lm import Compiled
 from regraft.runtime.module import CompiledModule
 from regraft.runtime.program_cache import fetch, fingerprint, store
-from regraft.runtime.regions import compile_regions
+from regraft.runtime.regions import Workers, compile_regions
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ class _Pipeline:
                 raise RegraftError(f"{name} matched nothing. {why or 'No candidate in the graph.'}")
         return report
 
-    def compile_regions(self, program: Program, regions: Any) -> None:
+    def compile_regions(self, program: Program, regions: Any, workers: Workers) -> None:
         if self.target != "reference":
-            compile_regions(program, regions, cache_dir() / "regions")
+            compile_regions(program, regions, workers)
 
 
 def compile(
@@ -104,16 +104,19 @@ def _compile_causal_lm(model: Any, pipeline: _Pipeline) -> Compiled:
         key = fingerprint(model, pipeline.steps(DEFAULT))
     entry = cache_dir() / "programs" / f"{key}.safetensors"
     kept = fetch(entry, model) if key else None
-    if kept is None:
-        program = capture(model)
-        report = pipeline.run(("", program, DEFAULT))
-        if key:
-            store(entry, program, report)
-    else:
-        program, report = kept
-    kind = type(type(model).__name__, (Compiled,), {})
-    compiled = kind(program, report, model)
-    pipeline.compile_regions(program, compiled.regions)
+    with Workers(cache_dir() / "regions") as workers:
+        if kept is None:
+            if pipeline.target == "cpu":
+                workers.start()
+            program = capture(model)
+            report = pipeline.run(("", program, DEFAULT))
+            if key:
+                store(entry, program, report)
+        else:
+            program, report = kept
+        kind = type(type(model).__name__, (Compiled,), {})
+        compiled = kind(program, report, model)
+        pipeline.compile_regions(program, compiled.regions, workers)
     return compiled
 
 
@@ -127,7 +130,8 @@ def _compile_seq2seq(model: Any, pipeline: _Pipeline) -> Any:
     )
     kind = type(type(model).__name__, (CompiledSeq2Seq, generation_class(model)), {})
     compiled = kind(encoder, cross, step, report, model)
-    pipeline.compile_regions(step, compiled.regions)
+    with Workers(cache_dir() / "regions") as workers:
+        pipeline.compile_regions(step, compiled.regions, workers)
     return compiled
 
 

@@ -31,7 +31,7 @@ from regraft.program.serialize import (
     report_from_json,
     report_to_json,
 )
-from regraft.runtime.regions import compile_regions
+from regraft.runtime.regions import Workers, compile_regions
 
 if TYPE_CHECKING:
     from regraft.runtime.causal_lm import Compiled
@@ -113,7 +113,8 @@ def load(folder: str | Path, device: str = "cpu") -> Compiled:
         compiled = kind(program, report_from_json(head["report"]), source)
     except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
         raise RegraftError(f"{folder} is no sound artefact: {error}") from error
-    compile_regions(program, compiled.regions, cache_dir() / "regions", folder / "regions")
+    with Workers(cache_dir() / "regions") as workers:
+        compile_regions(program, compiled.regions, workers, folder / "regions")
     return compiled
 
 

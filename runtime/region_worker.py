@@ -1,4 +1,4 @@
-"""A process of its own that compiles regions: SCRATCH FOLDER KEY...
+"""A process of its own that compiles regions: SCRATCH FOLDER, and keys on standard input.
 
 Reads SCRATCH/KEY.json and leaves FOLDER/KEY.pt2, whole or not at all.
 """
@@ -21,10 +21,10 @@ from regraft.program.serialize import graph_from_json
 from regraft.runtime.regions import sample
 
 
-def main(scratch: str, folder: str, *keys: str) -> None:
+def main(scratch: str, folder: str) -> None:
     # Precompiled headers pay off from the third region on; most models have one or two.
     with config.patch({"aot_inductor.precompile_headers": False}):
-        for key in keys:
+        for key in sys.stdin.read().split():
             job = json.loads(Path(scratch, f"{key}.json").read_text())
             with written_whole(Path(folder, f"{key}.pt2")) as path:
                 compile_job(job, path)

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -147,70 +148,107 @@ def _source() -> str:
 
 
 def compile_regions(
-    program: Program, regions: dict[str, Region], folder: Path, shipped: Path | None = None
+    program: Program,
+    regions: dict[str, Region],
+    workers: Workers,
+    shipped: Path | None = None,
 ) -> None:
     """Give each region its compiled code: from the folders, else by worker processes.
 
     One notice, and operators one by one, where there is no compiler or no room;
     REGRAFT_INDUCTOR=0 asks for that.
     """
-    if os.environ.get("REGRAFT_INDUCTOR") == "0":
+    if not wanted():
         return
-    files, missing = {}, {}
     jobs = region_jobs(program)
     if any(item["device"] != "cpu" for job in jobs.values() for item in job["inputs"]):
         for name, job in jobs.items():
             regions[name].compile_here(list(map(sample, job["inputs"])))
         return
+    files, missing = {}, {}
     for name, job in jobs.items():
         key = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:32]
-        known = [at / f"{key}.pt2" for at in (shipped, folder) if at]
-        files[name] = next(filter(Path.is_file, known), folder / f"{key}.pt2")
+        known = [at / f"{key}.pt2" for at in (shipped, workers.folder) if at]
+        files[name] = next(filter(Path.is_file, known), known[-1])
         if not files[name].is_file():
             missing[key] = job
-    if missing and (reason := _compile_missing(missing, folder)):
+    if missing and (reason := workers.compile(missing)):
         log.warning("regraft: running operator by operator, slower: %s", reason)
     for name, file in files.items():
         regions[name].load(file)
 
 
-def _compile_missing(jobs: dict[str, dict[str, Any]], folder: Path) -> str:
-    """Compile the jobs into the folder; the reason why some are not there, or ''."""
+def wanted() -> bool:
+    return os.environ.get("REGRAFT_INDUCTOR") != "0"
+
+
+class Workers:
+    """Processes that compile regions into a folder.
+
+    One can be started before there is work: it imports while the model is being captured.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._scratch = tempfile.TemporaryDirectory(prefix="regraft-")
+        self._processes: list[subprocess.Popen] = []
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for process in self._processes:
+            process.kill()
+            process.communicate()
+        self._scratch.cleanup()
+
+    def start(self) -> None:
+        """Start one more, where there is a compiler and regions are wanted."""
+        if not (wanted() and _has_compiler()):
+            return
+        process = subprocess.Popen(
+            [sys.executable, "-m", "regraft.runtime.region_worker", self._scratch.name,
+             str(self.folder)],
+            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(dict.fromkeys(filter(None, sys.path))),
+                "TORCHINDUCTOR_CACHE_DIR": f"{self._scratch.name}/inductor",
+                # the processor says what it has; test programs for it take seconds
+                "TORCHINDUCTOR_VEC_ISA_OK": "1",
+            },
+        )  # fmt: skip
+        self._processes.append(process)
+
+    def compile(self, jobs: dict[str, dict[str, Any]]) -> str:
+        """Compile the jobs; the reason why some are not in the folder, or ''."""
+        if not _has_compiler():
+            return "no C++ compiler was found; install g++ or name one in CXX"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for key, job in jobs.items():
+                Path(self._scratch.name, f"{key}.json").write_text(json.dumps(job))
+            while len(self._processes) < min(WORKERS, len(jobs)):
+                self.start()
+            count = len(self._processes)
+            waiting = [
+                (process, "\n".join(list(jobs)[i::count]))
+                for i, process in enumerate(self._processes)
+            ]
+            with ThreadPoolExecutor(count) as pool:
+                errors = pool.map(lambda pair: pair[0].communicate(pair[1], SECONDS)[1], waiting)
+            for (process, _), text in zip(waiting, errors, strict=True):
+                if process.returncode:
+                    last = (text.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
+                    return f"a region could not be compiled: {last[:200]}"
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return f"regions could not be compiled: {error}"
+        return ""
+
+
+def _has_compiler() -> bool:
     try:
         get_cpp_compiler()
     except Exception:
-        return "no C++ compiler was found; install g++ or name one in CXX"
-    workers: list[subprocess.Popen] = []
-    try:
-        with tempfile.TemporaryDirectory(prefix="regraft-") as scratch:
-            for job in jobs:
-                Path(scratch, f"{job}.json").write_text(json.dumps(jobs[job]))
-            for share in filter(None, (list(jobs)[i::WORKERS] for i in range(WORKERS))):
-                workers.append(_start(Path(scratch), folder, share))
-            for worker in workers:
-                errors = worker.communicate(timeout=SECONDS)[1]
-                if worker.returncode:
-                    last = (errors.strip().splitlines() or [f"exit code {worker.returncode}"])[-1]
-                    return f"a region could not be compiled: {last[:200]}"
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return f"regions could not be compiled: {error}"
-    finally:
-        for worker in workers:
-            worker.kill()
-    return ""
-
-
-def _start(scratch: Path, folder: Path, keys: list[str]) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "regraft.runtime.region_worker", str(scratch), str(folder), *keys],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(dict.fromkeys(filter(None, sys.path))),
-            "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor"),
-            # the processor says what it has; test programs for it take seconds
-            "TORCHINDUCTOR_VEC_ISA_OK": "1",
-        },
-    )
+        return False
+    return True
