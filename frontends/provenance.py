@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,14 +22,19 @@ def module_paths(model: torch.nn.Module) -> Iterator[None]:
     """Nodes traced inside get the path of the innermost module that is running."""
     paths = {id(module): name for name, module in model.named_modules()}
     running: list[dict[str, tuple[str, type]]] = []
+    tracing = threading.get_ident()  # the hooks see the modules of every thread
 
     def enter(module, *_):
+        if threading.get_ident() != tracing:
+            return
         path = paths.get(id(module))
         inner = running[-1] if running else {}
         running.append(inner if path is None else {**inner, path: (path, type(module))})
         traceback.get_current_meta()["nn_module_stack"] = running[-1]
 
     def leave(*_):
+        if threading.get_ident() != tracing:
+            return
         running.pop()
         traceback.get_current_meta()["nn_module_stack"] = running[-1] if running else {}
 
