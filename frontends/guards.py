@@ -13,9 +13,12 @@ from regraft.program import TensorSpec
 LONGEST = 2**20
 
 
-def longest_context(inputs: Sequence[TensorSpec], fakes: Sequence[Tensor]) -> int | None:
+def longest_context(
+    inputs: Sequence[TensorSpec], fakes: Sequence[Tensor], at_once: bool = True
+) -> int | None:
     """The most tokens, past ones included, that keep every assumption true; None: any number.
 
+    at_once: whether they may also come in one call, rather than a few after many.
     ``min(topk, tokens)`` in a model's Python, say, is traced as one of the two.
     """
     sizes: dict[sympy.Symbol, tuple[int | str, int]] = {}
@@ -32,7 +35,7 @@ def longest_context(inputs: Sequence[TensorSpec], fakes: Sequence[Tensor]) -> in
 
     def holds(total: int) -> bool:
         ways = [(total - queries, queries)]
-        if "sequence_length" in hints:
+        if at_once and "sequence_length" in hints:
             ways.append((past, total - past))
         for before, new in ways:
             now = {**hints, "past_sequence_length": before, "sequence_length": new,

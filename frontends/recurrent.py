@@ -231,7 +231,7 @@ def _program(trial: Trial, step: RecurrentStep, size: int, states: list[Tensor])
     spec = CacheSpec(tuple(LayerState() for _ in memory.keys), tuple(recurrent))
     return Program(
         module, tuple(inputs), tuple(outputs), spec, tuple(examples), {"parameters": names}, tokens,
-        context=longest_context(inputs, fakes),
+        context=longest_context(inputs, fakes, at_once=False),
     )  # fmt: skip
 
 
