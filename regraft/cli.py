@@ -253,8 +253,7 @@ def _open(name: str, passes: list[Any], tokenizer: bool = False) -> tuple[Any, A
 def _compile(model: Any, passes: list[Any], recipe: Path | None = None) -> Any:
     import regraft
 
-    with _status(f"compiling {type(model).__name__}"):
-        return regraft.compile(model, passes, recipe=recipe)
+    return regraft.compile(model, passes, recipe=recipe)
 
 
 def _generate(compiled: Any, tokenizer: Any, prompt: str, count: int) -> Any:

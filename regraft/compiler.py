@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from regraft.passes import DEFAULT, FINAL, STATELESS, Context, Pass, pass_named, run
 from regraft.program import Program, RegraftError, Report
@@ -27,12 +31,14 @@ class _Pipeline:
     calibration: Sequence[Any]
     target: str
     dump_dir: str | Path | None
+    stage: Callable[[str], None]
 
     def steps(self, default: Sequence[Pass]) -> list[Pass]:
         return [*default, *self.asked, *(() if self.target == "reference" else FINAL)]
 
     def run(self, *parts: tuple[str, Program, Sequence[Pass]]) -> Report:
         """Run the passes over each part; an asked-for pass must match in one of them."""
+        self.stage("passes")
         report = Report()
         matches = [0] * len(self.asked)
         for name, program, default in parts:
@@ -54,6 +60,7 @@ class _Pipeline:
 
     def compile_regions(self, program: Program, regions: Any, workers: Workers) -> None:
         if self.target != "reference":
+            self.stage("regions")
             compile_regions(program, regions, workers)
 
 
@@ -82,14 +89,31 @@ def compile(
     for item in asked:
         if not isinstance(item, Pass):
             raise RegraftError(f"{item!r} is not a pass; `regraft passes` lists them")
-    pipeline = _Pipeline(asked, calibration or (), target, dump_dir)
-    if _generates(model):
+    with _progress(type(model).__name__) as stage:
+        pipeline = _Pipeline(asked, calibration or (), target, dump_dir, stage)
+        stage("capture")
+        if not _generates(model):
+            return _compile_module(model, example_inputs, dynamic_shapes, pipeline)
         if example_inputs is not None or dynamic_shapes is not None:
             raise RegraftError("example_inputs and dynamic_shapes: a language model needs none")
         if model.config.is_encoder_decoder:
             return _compile_seq2seq(model, pipeline)
         return _compile_causal_lm(model, pipeline)
-    return _compile_module(model, example_inputs, dynamic_shapes, pipeline)
+
+
+@contextmanager
+def _progress(name: str) -> Iterator[Callable[[str], None]]:
+    """A bar on a terminal, gone at the end: capture, passes, regions."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    hidden = not console.is_terminal or parent_process() is not None
+    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
+        task = bar.add_task(f"compiling {name}", total=4)
+
+        def stage(what: str) -> None:
+            bar.update(task, advance=1, description=f"compiling {name}: {what}")
+
+        yield stage
 
 
 def _generates(model: Any) -> bool:
