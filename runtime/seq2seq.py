@@ -191,13 +191,8 @@ class CompiledSeq2Seq(GenerationMixin):
         return self
 
     to: Any = Compiled.to
-
-    def get_experts_implementation(self) -> dict[str, str]:
-        return {}
-
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        if model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = self.new_cache()
+    get_experts_implementation: Any = Compiled.get_experts_implementation
+    _prepare_cache_for_generation: Any = Compiled._prepare_cache_for_generation
 
     def prepare_inputs_for_generation(self, input_ids, past_key_values=None, **kwargs):
         """The tokens that the cache has not seen, and what forward takes."""
