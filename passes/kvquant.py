@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import torch
 
-from regraft.kernels.kvquant.reference import BITS, CODEBOOKS
+from regraft.kernels.kvquant.grouped import BITS, CODEBOOKS
 from regraft.passes.base import Context, Pass, PassResult
 from regraft.program import LayerState, Program, RegraftError
 

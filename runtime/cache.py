@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from regraft.kernels.attention.reference import attention
-from regraft.kernels.kvquant.reference import codebook, look_up, pack, quantize, word_table
+from regraft.kernels.kvquant.grouped import codebook, look_up, pack, quantize, word_table
 from regraft.kernels.rotary.reference import rotate
 from regraft.runtime.buffer import Buffer, RotationTable, check_length
 from regraft.runtime.recurrent import RecurrentStates

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from regraft.kernels.kvquant.reference import (
+from regraft.kernels.kvquant.grouped import (
     CODEBOOKS,
     codebook,
     dequantize,
