@@ -1,0 +1,169 @@
+"""Building blocks of the kernels for CUDA: TIR with small device functions for what TIR lacks.
+
+A warp works on tiles of the tensor cores' m16n8k16 product. Its lane is 4 * g + q: g is a row of
+the first operand and a column of the second, q says which channels or tokens the lane holds.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm.backend.cuda.op import cuda_func_call
+from tvm.tirx.script.builder import ir as T
+
+Expr = Any
+WORD, FLOAT = "unsigned", "float"
+TYPES = {WORD: "uint32", FLOAT: "float32", "int": "int32", "void": "void"}
+BITS = {"float16": "f16", "bfloat16": "bf16"}
+
+_MMA = """asm("mma.sync.aligned.m16n8k16.row.col.f32.{0}.{0}.f32 "
+    "{{%0,%1,%2,%3}}, {{%4,%5,%6,%7}}, {{%8,%9}}, {{%0,%1,%2,%3}};"
+    : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+    : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));"""
+_MMA_ARGUMENTS = (
+    "float* d, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1"
+)
+FUNCTIONS: dict[str, tuple[str, str, str]] = {
+    # name: (result, parameters, body)
+    "load16": ("void", "void* d, const void* s", "*(uint4*)d = __ldcs((const uint4*)s);"),
+    "load8": ("void", "void* d, const void* s", "*(uint2*)d = __ldcs((const uint2*)s);"),
+    "load4": (WORD, "const void* s", "return __ldcs((const unsigned*)s);"),
+    "load2": (WORD, "const void* s", "return __ldcs((const unsigned short*)s);"),
+    "copy16": ("void", "void* d, const void* s", "*(uint4*)d = *(const uint4*)s;"),
+    "copy8": ("void", "void* d, const void* s", "*(uint2*)d = *(const uint2*)s;"),
+    "copy4": ("void", "void* d, const void* s", "*(unsigned*)d = *(const unsigned*)s;"),
+    "read4": (WORD, "const void* s", "return *(const unsigned*)s;"),
+    "read2": (WORD, "const void* s", "return *(const unsigned short*)s;"),
+    "write4": ("void", "void* d, unsigned x", "*(unsigned*)d = x;"),
+    "write8": (
+        "void",
+        "void* d, unsigned x, unsigned y",
+        "*(uint2*)d = make_uint2(x, y);",
+    ),
+    "write16": (
+        "void",
+        "void* d, unsigned x, unsigned y, unsigned z, unsigned w",
+        "*(uint4*)d = make_uint4(x, y, z, w);",
+    ),
+    "async16": (
+        "void",
+        "void* d, const void* s",
+        'asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" '
+        ':: "r"((unsigned)__cvta_generic_to_shared(d)), "l"(s) : "memory");',
+    ),
+    "async_commit": ("void", "", 'asm volatile("cp.async.commit_group;" ::: "memory");'),
+    "async_wait": ("void", "", 'asm volatile("cp.async.wait_group 1;" ::: "memory");'),
+    "permute": (WORD, "unsigned a, unsigned b, unsigned s", "return __byte_perm(a, b, s);"),
+    "fma2": (
+        WORD,
+        "unsigned a, unsigned b, unsigned c",
+        'unsigned d; asm("fma.rn.f16x2 %0, %1, %2, %3;" '
+        ': "=r"(d) : "r"(a), "r"(b), "r"(c)); return d;',
+    ),
+    "mul2": (
+        WORD,
+        "unsigned a, unsigned b",
+        'unsigned d; asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b)); return d;',
+    ),
+    "neg2": (WORD, "unsigned a", "return a ^ 0x80008000u;"),
+    "mma_f16": ("void", _MMA_ARGUMENTS, _MMA.format("f16")),
+    "mma_bf16": ("void", _MMA_ARGUMENTS, _MMA.format("bf16")),
+    "transpose": (
+        WORD,
+        "unsigned a",
+        'unsigned d; asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" '
+        ': "=r"(d) : "r"(a)); return d;',
+    ),
+    "pack_f16": (
+        WORD,
+        "float x, float y",
+        'unsigned d; asm("cvt.rn.f16x2.f32 %0, %2, %1;" : "=r"(d) : "f"(x), "f"(y)); return d;',
+    ),
+    "pack_bf16": (
+        WORD,
+        "float x, float y",
+        'unsigned d; asm("cvt.rn.bf16x2.f32 %0, %2, %1;" : "=r"(d) : "f"(x), "f"(y)); return d;',
+    ),
+    "float_f16": (
+        FLOAT,
+        "unsigned a",
+        'float d; asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, l;}" '
+        ': "=f"(d) : "r"(a)); return d;',
+    ),
+    "float_bf16": (FLOAT, "unsigned a", "return __uint_as_float(a << 16);"),
+    "round": ("int", "float x", "return __float2int_rn(x);"),
+    "exp2": (FLOAT, "float x", 'float d; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(x)); return d;'),
+    "log2": (FLOAT, "float x", "return __log2f(x);"),
+    "tanh": (FLOAT, "float x", 'float d; asm("tanh.approx.f32 %0, %1;" : "=f"(d) : "f"(x)); return d;'),
+    "as_float": (FLOAT, "unsigned x", "return __uint_as_float(x);"),
+    "as_word": (WORD, "float x", "return __float_as_uint(x);"),
+    "any": ("int", "int x", "return __any_sync(~0u, x);"),
+    "across": (FLOAT, "float x, int mask", "return __shfl_xor_sync(~0u, x, mask);"),
+    "from_lane": (FLOAT, "float x, int lane", "return __shfl_sync(~0u, x, lane);"),
+    "int_from_lane": ("int", "int x, int lane", "return __shfl_sync(~0u, x, lane);"),
+    "sync_warp": ("void", "", "__syncwarp();"),
+    "atomic_add": ("void", "float* d, float x", "atomicAdd(d, x);"),
+    "atomic_add_int": ("void", "int* d, int x", "atomicAdd(d, x);"),
+}
+
+
+def call(name: str, *arguments: Expr) -> Expr:
+    """Emit a call of one of FUNCTIONS; its result is bound to a variable."""
+    result, parameters, body = FUNCTIONS[name]
+    source = f"__device__ __forceinline__ {result} rg_{name}({parameters}) {{ {body} }}\n"
+    value = cuda_func_call(
+        f"rg_{name}", *arguments, source_code=source, return_type=TYPES[result]
+    )
+    if result == "void":
+        return T.evaluate(value)
+    return T.Bind(value)
+
+
+def address(buffer: Any, index: Expr) -> Expr:
+    return T.address_of(buffer[index])
+
+
+def registers(count: int, dtype: str = "float32") -> Any:
+    """An array of this thread, indexed by constants alone."""
+    return T.alloc_buffer((max(count, 1),), dtype, scope="local")
+
+
+def store(buffer: Any, index: Expr, value: Expr) -> None:
+    T.buffer_store(buffer, value, [index])
+
+
+def let(value: Expr) -> Expr:
+    return T.Bind(value)
+
+
+def wide(value: Expr) -> Expr:
+    return T.cast(value, "int64")
+
+
+def vector(name: str, dtype: str) -> Any:
+    """A parameter: a flat tensor of any length, aligned as its elements are."""
+    return T.match_buffer(T.arg(name, T.handle()), (T.int64(),), dtype, align=1)
+
+
+def load_words(words: Any, place: int, buffer: Any, index: Expr, size: int) -> None:
+    """Load size bytes, a multiple of 2, from 16 at a time down; buffer is of bytes."""
+    if size == 2:
+        piece = call("load2", address(buffer, index))
+        shifted = piece if place % 4 == 0 else words[place // 4] | piece << T.uint32(16)
+        store(words, place // 4, shifted)
+    elif size == 4:
+        store(words, place // 4, call("load4", address(buffer, index)))
+    else:
+        call(f"load{size}", address(words, place // 4), address(buffer, index))
+
+
+def warp_max(value: Expr, masks: tuple[int, ...]) -> Expr:
+    for mask in masks:
+        value = T.max(value, call("across", value, mask))
+    return value
+
+
+def warp_sum(value: Expr, masks: tuple[int, ...]) -> Expr:
+    for mask in masks:
+        value = value + call("across", value, mask)
+    return value

@@ -1,0 +1,676 @@
+"""The attention kernel over packed keys and values for CUDA.
+
+A block of threads takes a range of token blocks for up to 8 key/value heads, a warp each, so that
+the rotations are read once for all of them. Codes go from memory to the registers whose operands
+they become; two codes at a time are looked up in shared memory, where each lane has its own copy
+of the table. Keys are scaled and rotated in registers as pairs of float16.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script.builder import ir as T
+
+from regraft.kernels.attention.flash import (
+    BLOCK,
+    LOG2E,
+    Flash,
+    Warp,
+    dense_channel,
+    dense_query,
+    dense_scores,
+    dense_values,
+    merge,
+)
+from regraft.kernels.device import (
+    BITS,
+    Expr,
+    address,
+    call,
+    let,
+    load_words,
+    registers,
+    store,
+    vector,
+    warp_max,
+    wide,
+)
+
+PLANES = {2: (2,), 3: (2, 1), 4: (4,)}
+STAGES = 3
+FRACTION = 2.0**12
+"""Outliers' parts of the scores are added up as integers with this many fractions."""
+SHARED = 227 * 1024
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a kernel is generated for; dtype is that of queries, exact tokens and outputs."""
+
+    dtype: str
+    heads: int
+    groups: int
+    queries: int
+    size: int
+    value_size: int
+    key_bits: int
+    value_bits: int
+    key_outliers: bool
+    value_outliers: bool
+    rotated: bool
+    softcap: bool
+
+    @property
+    def rows(self) -> int:
+        return self.groups * self.queries
+
+    @property
+    def tiles(self) -> int:
+        return 1 if self.rows <= 8 or max(self.size, self.value_size) > 128 else 2
+
+    @property
+    def row_stride(self) -> int:
+        """Rows that shared memory holds of a warp's tile, a multiple of 4."""
+        return min(8 * self.tiles, -(-self.rows // 4) * 4)
+
+
+class Layout:
+    """Sizes of the launch and places in its shared memory, in bytes."""
+
+    def __init__(self, case: Case) -> None:
+        for limit in (16, 8, 4) if case.tiles == 1 and case.value_size <= 128 else (8, 4):
+            self.heads = max(h for h in range(1, limit + 1) if case.heads % h == 0)
+            self.blocks = limit // self.heads
+            self.warps = self.heads * self.blocks
+            self._place(case)
+            if self.bytes <= SHARED:
+                return
+        raise ValueError(f"no room in shared memory for heads of {case.size} channels")
+
+    def _place(self, case: Case) -> None:
+        rows = case.row_stride
+        self.row = 2 * case.size
+        self.row += (32 - self.row) % 128 if case.rotated else 0
+        self.table = 256 * 4 ** max(case.key_bits, case.value_bits)
+        stage = self.blocks * BLOCK * self.row if case.rotated else 0
+        self.stage = stage
+        self.own = self.table + STAGES * stage
+        self.query = 4 * case.size
+        self.tile = self.query + (2 * case.size * rows if case.key_outliers else 0)
+        either = case.key_outliers or case.value_outliers
+        self.extra = self.tile + (4 * BLOCK * rows if either else 0)
+        self.each = self.extra + (4 * case.value_size * rows if case.value_outliers else 0)
+        self.bytes = self.own + self.warps * self.each
+
+
+def build(case: Case) -> Any:
+    """The kernel; its arguments are those of ``Arguments`` in order."""
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        T.func_name("kvquant_attend")
+        a = Arguments(case)
+        layout = Layout(case)
+        tiles = -(-case.rows // (8 * case.tiles))
+        chunks = (a.exact + layout.blocks * BLOCK - 1) // (layout.blocks * BLOCK)
+        with (
+            T.launch_thread("blockIdx.x", a.splits + chunks) as split,
+            T.launch_thread("blockIdx.y", tiles) as tile,
+            T.launch_thread("blockIdx.z", a.batch * (case.heads // layout.heads)) as place,
+            T.launch_thread("threadIdx.x", layout.warps * 32) as thread,
+        ):
+            Attend(case, layout, a, split, tile, place, thread).emit()
+        merge(
+            a.partial,
+            a.sinks,
+            a.out,
+            case.dtype,
+            case.rows,
+            case.queries,
+            case.value_size,
+            case.heads,
+            a.batch,
+            (a.splits + chunks) * layout.blocks,
+        )
+    return builder.get().with_attr("global_symbol", "kvquant_attend")
+
+
+class Arguments:
+    """The parameters in order; tensors are flat."""
+
+    def __init__(self, case: Case) -> None:
+        self.q = vector("q", case.dtype)
+        self.codes = {kind: vector(f"{kind}_codes", "uint8") for kind in ("key", "value")}
+        self.levels = {kind: vector(f"{kind}_levels", "int8") for kind in ("key", "value")}
+        self.key_scale, self.key_zero = vector("key_scale", "float16"), vector("zero", "float16")
+        self.value_scale = vector("value_scale", "float16")
+        self.value_zero = vector("value_zero", "float16")
+        self.outliers, self.offsets = {}, {}
+        for kind in ("key", "value"):
+            self.outliers[kind] = vector(f"{kind}_outliers", "int32")
+            self.offsets[kind] = vector(f"{kind}_offsets", "int32")
+        self.table = vector("table", "float16")
+        self.exact_key = vector("exact_key", case.dtype)
+        self.exact_value = vector("exact_value", case.dtype)
+        self.exact_mask = vector("exact_mask", "float32")
+        self.first, self.sinks = vector("first", "int32"), vector("sinks", "float32")
+        self.blocks = vector("blocks", "int32")
+        self.partial = tuple(vector(name, "float32") for name in ("outputs", "tops", "sums"))
+        self.out = vector("out", case.dtype)
+        for name in (
+            *("batch", "splits", "capacity", "table_capacity", "exact", "exact_capacity"),
+            *("key_batch", "key_groups", "group", "table_batch"),
+            *("key_places", "value_places"),
+        ):
+            setattr(self, name, T.arg(name, T.int32()))
+        for name in ("key_unit", "value_unit", "scale", "softcap"):
+            setattr(self, name, T.arg(name, T.float32()))
+
+
+class Attend:
+    """The code of one thread."""
+
+    def __init__(
+        self, case: Case, layout: Layout, a: Any, split: Expr, tile: Expr, place: Expr, thread: Expr
+    ) -> None:
+        self.case, self.layout, self.a = case, layout, a
+        self.split, self.thread = split, thread
+        self.warp = Warp(thread)
+        sharing = case.heads // layout.heads
+        self.batch = let(place // sharing)
+        self.head = let(place % sharing * layout.heads + self.warp.index % layout.heads)
+        self.sub = let(self.warp.index // layout.heads)
+        self.line = let(self.batch * case.heads + self.head)
+        self.first_row = let(tile * (8 * case.tiles))
+        self.shared = T.alloc_buffer((layout.bytes,), "uint8", scope="shared.dyn", align=128)
+        self.own = let(layout.own + self.warp.index * layout.each)
+        self.flash = Flash(self.warp, case.value_size, case.tiles)
+        self.seen = registers(2 * case.tiles, "int32")
+        for tile_ in range(case.tiles):
+            for e in range(2):
+                row = (self.first_row + 8 * tile_ + 2 * self.warp.q + e) % case.queries
+                store(self.seen, 2 * tile_ + e, a.first[self.batch * case.queries + row])
+
+    def emit(self) -> None:
+        with T.If(self.split < self.a.splits):
+            with T.Then():
+                self._body()
+            with T.Else():
+                self._exact()
+
+    def _write(self, channel: Any, extra: Any = None) -> None:
+        a, layout = self.a, self.layout
+        chunks = (a.exact + layout.blocks * BLOCK - 1) // (layout.blocks * BLOCK)
+        parts = (a.splits + chunks) * layout.blocks
+        place = self.line * parts + self.split * layout.blocks + self.sub
+        self.flash.write(a.partial, place, self.first_row, self.case.rows, channel, extra)
+
+    # exact tokens
+
+    def _exact(self) -> None:
+        a, case, flash = self.a, self.case, self.flash
+        query = dense_query(
+            *(a.q, wide(self.line) * (case.rows * case.size), self.first_row, case.rows),
+            *(case.size, case.tiles, self.warp),
+        )
+        start = let(((self.split - a.splits) * self.layout.blocks + self.sub) * BLOCK)
+        with T.If(start < a.exact), T.Then():
+            last = let(a.exact - 1 - start)
+            token = let(wide(self.line * a.exact_capacity + start))
+            dense_scores(
+                flash, case.dtype, a.exact_key, token * case.size, last, query, case.size
+            )
+            for tile in range(case.tiles):
+                for e in range(2):
+                    row = (self.first_row + 8 * tile + 2 * self.warp.q + e) % case.queries
+                    line = let((self.batch * case.queries + row) * a.exact + start)
+                    for i in range(4):
+                        own = let(8 * i + self.warp.g)
+                        at = tile * 8 + i * 2 + e
+                        mask = a.exact_mask[line + T.min(own, last)]
+                        mask = T.if_then_else(own <= last, mask, T.float32(float("-inf")))
+                        score = self._capped(flash.scores[at] * a.scale)
+                        store(flash.scores, at, (score + mask) * T.float32(LOG2E))
+            flash.softmax(case.dtype)
+            dense_values(
+                flash, case.dtype, a.exact_value, token * case.value_size, last, case.value_size
+            )
+        self._write(dense_channel(self.warp, case.value_size))
+
+    def _capped(self, score: Expr) -> Expr:
+        if not self.case.softcap:
+            return score
+        return call("tanh", score / self.a.softcap) * self.a.softcap
+
+    # packed tokens
+
+    def _body(self) -> None:
+        a, case, layout, flash = self.a, self.case, self.layout, self.flash
+        self._levels()
+        self._query()
+        nearest, furthest = self._bounds()
+        total = let(a.blocks[0])
+        begin = let(T.min(nearest // BLOCK, total))
+        low = let(begin + (total - begin) * self.split // a.splits)
+        high = let(begin + (total - begin) * (self.split + 1) // a.splits)
+        turns = let((high - low + layout.blocks - 1) // layout.blocks)
+        self.keys = registers(self._words("key"), "uint32")
+        self.values = registers(self._words("value"), "uint32")
+        self.entries = {kind: registers(2, "int32") for kind in ("key", "value")}
+        self.token = registers(2, "uint32")
+        self.place = registers(3, "int32")  # group of the scales, offsets of this and next block
+        store(self.place, 0, T.int32(-1))
+        with T.If(turns > 0), T.Then():
+            block = let(T.min(low + self.sub, high - 1))
+            for turn in range(2):
+                self._stage(low, high, turn)
+            self._load_offsets(block, 1)
+            self._load_ahead(block)
+        with T.serial(0, turns) as turn:
+            block = let(T.min(low + turn * layout.blocks + self.sub, high - 1))
+            call("async_wait")
+            T.evaluate(T.tvm_storage_sync("shared"))
+            self._stage(low, high, turn + 2)
+            self._turn(block, low, high, turn, furthest)
+        channel = self._extra_at if case.value_outliers else None
+        self._write(lambda part, half: part * 16 + half * 8 + self.warp.g, channel)
+
+    def _turn(self, block: Expr, low: Expr, high: Expr, turn: Expr, furthest: Expr) -> None:
+        a, case, layout, flash, warp = self.a, self.case, self.layout, self.flash, self.warp
+        wanted = let(low + turn * layout.blocks + self.sub)
+        stage = let(turn % STAGES * layout.stage + layout.table)
+        stage = let(stage + self.sub * (BLOCK * layout.row)) if case.rotated else stage
+        self._load_codes("value", self.values, block)
+        store(self.place, 1, self.place[2])
+        self._load_entries("value", block)
+        weigh, zero = self._value_scale()
+        self._key_scale(block)
+        if case.key_outliers:
+            self._key_outliers(stage, block)
+        flash.clear()
+        self._scores(stage)
+        following = let(T.min(wanted + layout.blocks, high - 1))
+        self._load_offsets(following, 2)
+        for tile in range(case.tiles):
+            for i in range(4):
+                for e in range(2):
+                    self._finish_score(tile, i, e)
+        with T.If(T.Or(block * BLOCK < furthest, wanted >= high)), T.Then():
+            for tile in range(case.tiles):
+                for i in range(4):
+                    for e in range(2):
+                        at = tile * 8 + i * 2 + e
+                        own = block * BLOCK + 8 * i + warp.g
+                        seen = T.And(own >= self.seen[2 * tile + e], wanted < high)
+                        lowest = T.float32(float("-inf"))
+                        store(flash.scores, at, T.if_then_else(seen, flash.scores[at], lowest))
+        shift, scale, zeros = [], [], []
+        for i in range(4):
+            lane = let(8 * i + warp.g)
+            scale.append(call("from_lane", weigh, lane))
+            zeros.append(call("from_lane", zero, lane))
+            shift.append(call("log2", T.max(scale[-1], T.float32(2.0**-24))))
+        flash.softmax(
+            "float16", shift, scale, zeros, self._rescale if case.value_outliers else None
+        )
+        self._load_ahead(following)
+        for part in range(case.value_size // 16):
+            for step in range(2):
+                places = [(2 * part + c) * 4 + 2 * step + j for j in range(2) for c in range(2)]
+                operand = [self._look_up("value", self.values, place) for place in places]
+                flash.add_values("float16", part, step, operand)
+        if case.value_outliers:
+            self._value_outliers(block)
+
+    def _levels(self) -> None:
+        """Fill the look-up table: an entry is 64 words, 32 copies for keys, 32 for values."""
+        case, threads = self.case, self.layout.warps * 32
+        for kind, bits, side in (
+            ("key", case.key_bits, 0),
+            ("value", case.value_bits, 1),
+        ):
+            unit = self.a.key_unit if kind == "key" else self.a.value_unit
+            levels, count = self.a.levels[kind], 4**bits * 8
+            with T.serial(0, (count + threads - 1) // threads) as i:
+                at = let(i * threads + self.thread)
+                with T.If(at < count), T.Then():
+                    entry = let(at // 8)
+                    low, high = self._pair_codes(entry, bits)
+                    pair = call(
+                        "pack_f16",
+                        T.cast(levels[low], "float32") * unit,
+                        T.cast(levels[high], "float32") * unit,
+                    )
+                    place = entry * 256 + side * 128 + at % 8 * 16
+                    call("write16", address(self.shared, place), pair, pair, pair, pair)
+
+    def _pair_codes(self, entry: Expr, bits: int) -> tuple[Expr, Expr]:
+        if bits == 3:
+            low = let(entry % 4 + entry // 16 % 2 * 4)
+            return low, let(entry // 4 % 4 + entry // 32 * 4)
+        return let(entry % 2**bits), let(entry // 2**bits)
+
+    def _look_up(self, kind: str, words: Any, pair: int) -> Expr:
+        """The two levels of a pair of codes, as float16."""
+        bits = self.case.key_bits if kind == "key" else self.case.value_bits
+        base = 128 if kind == "value" else 0
+        lane = T.cast(self.warp.lane * 4, "uint32")
+        if bits == 4:
+            selector = T.uint32(0x5504 | pair % 4 << 4)
+            at = call("permute", words[pair // 4], lane, selector)
+        else:
+            at = _shift(words[pair // 8], 8 - pair % 8 * 4) & T.uint32(0xF00) | lane
+            if bits == 3:
+                plane = -(-(self._size(kind) * 2 // 32) // 1)
+                word = words[plane + pair // 16]
+                at = at | _shift(word, 12 - pair % 16 * 2) & T.uint32(0x3000)
+        return call("read4", address(self.shared, T.cast(let(at), "int32") + base))
+
+    def _size(self, kind: str) -> int:
+        return self.case.size if kind == "key" else self.case.value_size
+
+    def _words(self, kind: str) -> int:
+        bits = self.case.key_bits if kind == "key" else self.case.value_bits
+        return sum(-(-self._size(kind) * width // 32) for width in PLANES[bits])
+
+    def _load_codes(self, kind: str, words: Any, block: Expr) -> None:
+        bits, size = getattr(self.case, f"{kind}_bits"), self._size(kind)
+        base = let(wide(self.line * self.a.capacity + block) * (BLOCK * size * bits // 8))
+        start = place = 0
+        for width in PLANES[bits]:
+            each = size * width // 8
+            step = next(n for n in (16, 8, 4, 2) if each % n == 0)
+            for chunk in range(each // step):
+                at = base + wide(start + chunk * 32 * step + self.warp.lane * step)
+                load_words(words, place * 4 + chunk * step, self.a.codes[kind], at, step)
+            start += 32 * each
+            place += -(-each // 4)
+
+    def _query(self) -> None:
+        """Queries as float16 operands, each row divided by its largest element."""
+        case, warp, a = self.case, self.warp, self.a
+        steps = case.size // 16
+        self.query = registers(case.tiles * steps * 2, "uint32")
+        self.row_scale = registers(case.tiles * 2)
+        raw = registers(steps * 2, "uint32")
+        for tile in range(case.tiles):
+            row = let(self.first_row + 8 * tile + warp.g)
+            base = let(wide(self.line * case.rows + row) * case.size)
+            largest = registers(1)
+            store(largest, 0, T.float32(1e-30))
+            for at in range(steps * 2):
+                channel = at // 2 * 8 + at % 2 * (case.size // 2) + 2 * warp.q
+                store(raw, at, T.uint32(0))
+                with T.If(row < case.rows), T.Then():
+                    store(raw, at, call("read4", address(a.q, base + wide(channel))))
+                for e in range(2):
+                    store(largest, 0, T.max(largest[0], T.abs(self._element(raw[at], e))))
+            norm = let(warp_max(largest[0], (1, 2)))
+            for at in range(steps * 2):
+                pair = [self._element(raw[at], e) / norm for e in range(2)]
+                store(self.query, tile * steps * 2 + at, call("pack_f16", *pair))
+            for e in range(2):
+                lane = let((2 * warp.q + e) * 4)
+                store(self.row_scale, tile * 2 + e, call("from_lane", norm, lane) * a.scale)
+            if case.key_outliers:
+                self._share_query(tile, steps)
+        for at in range(case.row_stride * case.value_size // 32 if case.value_outliers else 0):
+            place = self.own + self.layout.extra + at * 128 + warp.lane * 4
+            call("write4", address(self.shared, place), T.uint32(0))
+
+    def _element(self, word: Expr, e: int) -> Expr:
+        return call(f"float_{BITS[self.case.dtype]}", word >> T.uint32(16) if e else word)
+
+    def _share_query(self, tile: int, steps: int) -> None:
+        """Lay out queries for outliers: of a pair of channels both elements, row by row."""
+        case, warp = self.case, self.warp
+        own = let(8 * tile + warp.g)
+        with T.If(own < case.row_stride), T.Then():
+            for step in range(steps):
+                first, second = (self.query[(tile * steps + step) * 2 + i] for i in range(2))
+                for e in range(2):
+                    pair = step * 8 + 2 * warp.q + e
+                    place = self.own + self.layout.query + (pair * case.row_stride + own) * 4
+                    both = call("permute", first, second, T.uint32(0x7632 if e else 0x5410))
+                    call("write4", address(self.shared, place), both)
+
+    def _bounds(self) -> tuple[Expr, Expr]:
+        """The lowest and highest of the first tokens that the queries see."""
+        first = [self.a.first[self.batch * self.case.queries + s] for s in range(self.case.queries)]
+        nearest = furthest = first[0]
+        for one in first[1:]:
+            nearest, furthest = T.min(nearest, one), T.max(furthest, one)
+        return let(T.max(nearest, 0)), let(furthest)
+
+    def _stage(self, low: Expr, high: Expr, turn: Expr) -> None:
+        """Copy the rotations of a turn's blocks to shared memory."""
+        a, case, layout = self.a, self.case, self.layout
+        if case.rotated:
+            pieces, threads = 4 * case.size * layout.blocks, layout.warps * 32
+            row = case.size // 8
+            origin = let(self.batch * a.table_batch * a.table_capacity)
+            for i in range(-(-pieces // threads)):
+                piece = let(i * threads + self.thread)
+                block = let(low + turn * layout.blocks + piece // (BLOCK * row))
+                with T.If(T.And(piece < pieces, block < high)), T.Then():
+                    place = turn % STAGES * layout.stage + layout.table
+                    place = place + piece // row * layout.row + piece % row * 16
+                    source = wide(origin + block) * (BLOCK * case.size)
+                    source = source + wide(piece % (BLOCK * row) * 8)
+                    call("async16", address(self.shared, place), address(a.table, source))
+        call("async_commit")
+
+    def _load_offsets(self, block: Expr, slot: int) -> None:
+        """Lanes 0..3 of a slot: begin and end of a block's outliers, of keys and of values."""
+        case, a, warp = self.case, self.a, self.warp
+        slot = 2 if slot == 1 else slot
+        at = let((self.batch * a.capacity + block) * (case.heads + 1) + self.head + warp.lane % 2)
+        for kind, lanes in (("key", 0), ("value", 1)):
+            if getattr(case, f"{kind}_outliers"):
+                with T.If(warp.lane // 2 == lanes), T.Then():
+                    store(self.place, 2, a.offsets[kind][at])
+
+    def _load_ahead(self, block: Expr) -> None:
+        """Load what the next turn needs first: key codes, outliers, the values' scales."""
+        a, case = self.a, self.case
+        self._load_codes("key", self.keys, block)
+        if case.key_outliers:
+            self._load_entries("key", block)
+        at = let(wide((self.batch * a.capacity + block) * BLOCK + self.warp.lane))
+        store(self.token, 0, call("load2", address(a.value_scale, at)))
+        store(self.token, 1, call("load2", address(a.value_zero, at)))
+
+    def _slice(self, kind: str, slot: int) -> tuple[Expr, Expr]:
+        lane = 0 if kind == "key" else 2
+        return (
+            call("int_from_lane", self.place[slot], lane),
+            call("int_from_lane", self.place[slot], lane + 1),
+        )
+
+    def _entry_base(self, kind: str, block: Expr) -> Expr:
+        places = self.a.key_places if kind == "key" else self.a.value_places
+        return wide(self.batch * self.a.capacity + block) * wide(places)
+
+    def _load_entries(self, kind: str, block: Expr) -> None:
+        if not getattr(self.case, f"{kind}_outliers"):
+            return
+        low, high = self._slice(kind, 2 if kind == "key" else 1)
+        base = let(self._entry_base(kind, block))
+        for turn in range(2):
+            at = let(low + turn * 32 + self.warp.lane)
+            with T.If(at < high), T.Then():
+                word = call("load4", address(self.a.outliers[kind], base + wide(at)))
+                store(self.entries[kind], turn, T.reinterpret("int32", word))
+
+    def _value_scale(self) -> tuple[Expr, Expr]:
+        return call("float_f16", self.token[0]), call("float_f16", self.token[1])
+
+    def _key_scale(self, block: Expr) -> None:
+        """Keep scale and zero of the block's group in shared memory, four pairs of them a lane."""
+        a, case, warp = self.a, self.case, self.warp
+        group = let(T.if_then_else(a.group > 0, block // T.max(a.group, 1), 0))
+        with T.If(group != self.place[0]), T.Then():
+            store(self.place, 0, group)
+            line = self.batch * a.key_batch * case.heads + self.head
+            base = let(wide(line * a.key_groups + group) * case.size)
+            call("sync_warp")
+            for i in range(-(-case.size // 128)):
+                couple = let(i * 32 + warp.lane)
+                with T.If(couple < case.size // 4), T.Then():
+                    words = [
+                        call("read4", address(x, base + wide(2 * couple + half)))
+                        for x in (a.key_scale, a.key_zero)
+                        for half in (0, case.size // 2)
+                    ]
+                    call("write16", address(self.shared, self.own + couple * 16), *words)
+            call("sync_warp")
+
+    def _scores(self, stage: Expr) -> None:
+        """Products of the block's keys, two pairs of channels of four tokens at a time."""
+        case, warp, layout = self.case, self.warp, self.layout
+        scale = registers(4, "uint32")
+        turn = registers(2, "uint32")
+        row = let(stage + warp.g * layout.row + warp.q * 8)
+        for step in range(case.size // 16):
+            place = self.own + (step * 4 + warp.q) * 16
+            call("copy16", address(scale, 0), address(self.shared, place))
+            operand: list[list[Expr]] = [[], []]
+            for i in range(4):
+                pair = (step * 4 + i) * 2
+                first, second = (
+                    call("fma2", self._look_up("key", self.keys, pair + h), scale[h], scale[2 + h])
+                    for h in range(2)
+                )
+                if case.rotated:
+                    at = row + (8 * i * layout.row + step * 32)
+                    call("copy8", address(turn, 0), address(self.shared, at))
+                    cos, sin = let(turn[0]), let(turn[1])
+                    crossed = call("mul2", second, sin), call("mul2", first, sin)
+                    first, second = (
+                        call("fma2", first, cos, call("neg2", crossed[0])),
+                        call("fma2", second, cos, crossed[1]),
+                    )
+                operand[0].append(first)
+                operand[1].append(second)
+            for half in range(2):
+                words = [operand[h][2 * half + i] for h in range(2) for i in range(2)]
+                self.flash.add_scores("float16", half, words, self.query, step)
+
+    def _finish_score(self, tile: int, i: int, e: int) -> None:
+        """Add the outliers' part, scale, cap; to units of log 2."""
+        case, warp, flash = self.case, self.warp, self.flash
+        at = tile * 8 + i * 2 + e
+        score = flash.scores[at]
+        if case.key_outliers:
+            row = (8 * tile + 2 * warp.q) % case.row_stride + e
+            place = self.own + self.layout.tile + ((8 * i + warp.g) * case.row_stride + row) * 4
+            word = T.reinterpret("int32", call("read4", address(self.shared, place)))
+            score = score + T.cast(word, "float32") * T.float32(1 / FRACTION)
+        score = self._capped(score * self.row_scale[tile * 2 + e])
+        store(flash.scores, at, score * T.float32(LOG2E))
+
+    # outliers
+
+    def _each_entry(self, kind: str, slot: int, block: Expr, use: Any) -> None:
+        """Call use(entry) for each outlier of the block and head, one a lane."""
+        low, high = self._slice(kind, slot)
+        base = let(self._entry_base(kind, block))
+        for turn in range(2):
+            with T.If(low + turn * 32 + self.warp.lane < high), T.Then():
+                use(self.entries[kind][turn])
+        rest = let(T.max(high - low - 33, 0) // 32)
+        with T.serial(1, T.max(rest + 1, 1)) as turn:
+            at = let(low + turn * 32 + 32 + self.warp.lane)
+            with T.If(at < high), T.Then():
+                word = call("load4", address(self.a.outliers[kind], base + wide(at)))
+                use(let(T.reinterpret("int32", word)))
+
+    def _key_outliers(self, stage: Expr, block: Expr) -> None:
+        """Add the outliers' products with the queries into the warp's tile [token, row]."""
+        case, warp, layout = self.case, self.warp, self.layout
+        tile = let(self.own + layout.tile)
+        for i in range(case.row_stride // 4):
+            place = tile + (i * 32 + warp.lane) * 16
+            call("write16", address(self.shared, place), *[T.uint32(0)] * 4)
+        call("sync_warp")
+        half = case.size // 2
+        words = registers(4, "uint32")
+
+        def use(entry: Expr) -> None:
+            token, channel = let(entry >> 24), let(entry >> 16 & 255)
+            value = call("float_f16", T.cast(entry & 0xFFFF, "uint32"))
+            second = let(channel >= half)
+            pair = let(T.if_then_else(second, channel - half, channel))
+            zero = T.float32(0)
+            if case.rotated:
+                at = let(stage + token * layout.row + pair // 2 * 8 + pair % 2 * 2)
+                cos = call("float_f16", call("read2", address(self.shared, at)))
+                sin = call("float_f16", call("read2", address(self.shared, at + 4)))
+                x = let(T.if_then_else(second, -sin, cos) * value * T.float32(FRACTION))
+                y = let(T.if_then_else(second, cos, sin) * value * T.float32(FRACTION))
+            else:
+                x = let(T.if_then_else(second, zero, value) * T.float32(FRACTION))
+                y = let(T.if_then_else(second, value, zero) * T.float32(FRACTION))
+            for start in range(0, case.row_stride, 4):
+                place = self.own + layout.query + (pair * case.row_stride + start) * 4
+                call("copy16", address(words, 0), address(self.shared, place))
+                for row in range(4):
+                    a = call("float_f16", words[row])
+                    b = call("float_f16", words[row] >> T.uint32(16))
+                    place = tile + (token * case.row_stride + start + row) * 4
+                    part = call("round", a * x + b * y)
+                    call("atomic_add_int", address(self.shared, place), part)
+
+        self._each_entry("key", 1, block, use)
+        call("sync_warp")
+
+    def _value_outliers(self, block: Expr) -> None:
+        """Add the outliers times the weights into the warp's [row, channel]."""
+        case, warp, layout, flash = self.case, self.warp, self.layout, self.flash
+        tile = let(self.own + layout.tile)
+        call("sync_warp")
+        for part in range(case.tiles):
+            with T.If(8 * part + 2 * warp.q < case.row_stride), T.Then():
+                for i in range(4):
+                    place = (8 * i + warp.g) * case.row_stride + 8 * part + 2 * warp.q
+                    pair = [call("as_word", flash.scores[part * 8 + i * 2 + e]) for e in range(2)]
+                    call("write8", address(self.shared, tile + place * 4), *pair)
+        call("sync_warp")
+        words = registers(4, "uint32")
+
+        def use(entry: Expr) -> None:
+            token, channel = let(entry >> 24), let(entry >> 16 & 255)
+            value = call("float_f16", T.cast(entry & 0xFFFF, "uint32"))
+            for start in range(0, case.row_stride, 4):
+                place = tile + (token * case.row_stride + start) * 4
+                call("copy16", address(words, 0), address(self.shared, place))
+                for row in range(min(4, case.rows - start)):
+                    place = (start + row) * case.value_size + channel
+                    place = self.own + layout.extra + place * 4
+                    part = call("as_float", words[row]) * value
+                    call("atomic_add", address(self.shared, place), part)
+
+        self._each_entry("value", 1, block, use)
+        call("sync_warp")
+
+    def _rescale(self, tile: int, even: Expr, odd: Expr) -> None:
+        """Multiply the warp's outliers [row, channel] as the outputs are."""
+        case, warp = self.case, self.warp
+        for e, factor in enumerate((even, odd)):
+            row = let(8 * tile + 2 * warp.q + e)
+            with T.If(row < case.row_stride), T.Then():
+                for i in range(case.value_size // 8):
+                    place = (row * case.value_size + 8 * i + warp.g) * 4
+                    at = address(self.shared, self.own + self.layout.extra + place)
+                    value = call("as_float", call("read4", at)) * factor
+                    call("write4", at, call("as_word", value))
+
+    def _extra_at(self, row: Expr, channel: Expr) -> Expr:
+        place = T.min(row, self.case.row_stride - 1) * self.case.value_size + channel
+        at = address(self.shared, self.own + self.layout.extra + place * 4)
+        return call("as_float", call("read4", at))
+
+
+def _shift(word: Expr, left: int) -> Expr:
+    return word << T.uint32(left) if left >= 0 else word >> T.uint32(-left)
