@@ -14,7 +14,7 @@ from regraft.kernels.rotary.reference import rotate
 
 
 class Levels(Protocol):
-    """A codebook: a value's code is the number of midpoints below it, code c reads levels[c] * unit.
+    """A codebook: code = number of midpoints below the value, read as levels[code] * unit.
 
     midpoints float32 [L - 1] ascending; levels int8 [L] ascending, L <= 2**bits.
     """
