@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 
 from regraft.kernels.kvquant.codebook import BITS
+from regraft.kernels.kvquant.layout import BLOCK
 from regraft.passes.base import Context, Pass, PassResult
 from regraft.program import LayerState, Program, RegraftError
 
@@ -32,8 +33,8 @@ class KVQuant(Pass):
     def __post_init__(self) -> None:
         if self.bits not in BITS:
             raise RegraftError(f"KVQuant(bits={self.bits}): bits must be 2, 3, 4 or 8")
-        if self.sink < 0 or self.tail < 1 or self.group < 8 or self.group % 8:
-            raise RegraftError("KVQuant: sink >= 0, tail >= 1, group a positive multiple of 8")
+        if self.sink < 0 or self.tail < 1 or self.group < 1 or self.group % BLOCK:
+            raise RegraftError("KVQuant: sink >= 0, tail >= 1, group a positive multiple of 32")
         if self.levels not in CODEBOOKS:
             raise RegraftError(f"KVQuant(levels={self.levels!r}): one of {', '.join(CODEBOOKS)}")
 
