@@ -24,6 +24,7 @@ from regraft.kernels.kvquant.llvm.simd import (
     local,
     loop,
     put,
+    repeat,
     shuffle,
     store,
 )
@@ -189,10 +190,10 @@ class FixedKeys:
         m = self.machine
         if m.wide:
             table = load(tables, *where, channel, 0, lanes=32)
-            table = shuffle([T.reinterpret("int16x16", table)], [*range(16)] * 2)
+            table = repeat(T.reinterpret("int16x16", table), 16, 2)
             return (m.look_up_words(table, T.reinterpret("int16x32", index)),)
         half = [
-            shuffle([load(tables, *where, channel, start, lanes=16)], [*range(16)] * 2)
+            repeat(load(tables, *where, channel, start, lanes=16), 16, 2)
             for start in (0, 16)
         ]
         low, high = (m.look_up_bytes(table, index) for table in half)

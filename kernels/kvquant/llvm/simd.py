@@ -65,6 +65,11 @@ def suffix(dtype: str) -> str:
     return f"v{lanes}{kind[0]}{kind.lstrip('flointu')}"
 
 
+def repeat(vector: Expr, lanes: int, times: int) -> Expr:
+    """A vector [lanes], several times in a row."""
+    return vector if times == 1 else shuffle([vector] * times, [*range(lanes)] * times)
+
+
 class Floats:
     """Float32 vectors of one length."""
 

@@ -22,8 +22,7 @@ from regraft.kernels.kvquant.llvm.simd import (
     get,
     load,
     loop,
-    shuffle,
-    store,
+    repeat,
 )
 
 TOKENS = 32
@@ -60,7 +59,7 @@ class FixedValues:
         takes int32 sums of a vector of channels.
         """
         m = self.machine
-        levels = shuffle([load(table, 0, lanes=16)], [*range(16)] * (m.bits // 128))
+        levels = repeat(load(table, 0, lanes=16), 16, m.bits // 128)
         step = self.vectors * m.lanes
         with loop(self.size // step) as group:
             channel = T.Bind(group * step)

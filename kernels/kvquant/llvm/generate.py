@@ -68,15 +68,21 @@ class _Arguments:
 
 def _arguments(shape: Shape) -> Any:
     a: Any = _Arguments()
-    batch, capacity, groups, scales = (T.int64() for _ in range(4))
+    batch, groups, scales = (T.int64() for _ in range(3))
     rows, padded, queries, splits, angles = (T.int64() for _ in range(5))
-    exact, room_k, room_v, words_k, words_v = (T.int64() for _ in range(5))
+    exact, words_k, words_v = (T.int64() for _ in range(3))
     heads, size, out_size = shape.heads, shape.key_size, shape.value_size
 
     def tensor(name: str, dims: tuple[Any, ...], dtype: str) -> None:
         dims = tuple(T.int64(d) if isinstance(d, int) else d for d in dims)
         buffer = T.match_buffer(T.arg(name, T.handle()), dims, dtype, align=1)
         setattr(a, name, buffer)
+
+    def strided(name: str, dims: tuple[Any, ...], dtype: str) -> None:
+        dims = tuple(T.int64(d) if isinstance(d, int) else d for d in dims)
+        strides = [*(T.int64() for _ in dims[1:]), T.int64(1)]
+        handle = T.arg(name, T.handle())
+        setattr(a, name, T.match_buffer(handle, dims, dtype, strides=strides, align=1))
 
     def scalar(name: str, dtype: str) -> None:
         setattr(a, name, T.arg(name, getattr(T, dtype)()))
@@ -91,20 +97,20 @@ def _arguments(shape: Shape) -> Any:
     scalar("scale", "float32")
     for side, bits, width in (("key", shape.key_bits, size), ("value", shape.value_bits, out_size)):
         code_bytes = TOKENS * width * bits // 8
-        tensor(f"{side}_codes", (batch, heads, capacity, code_bytes), "uint8")
+        tensor(f"{side}_codes", (batch, heads, T.int64(), code_bytes), "uint8")
         tensor(f"{side}_levels", (2**bits,), "int8")
         scalar(f"{side}_unit", "float32")
     for part in ("scale", "zero"):
         tensor(f"key_{part}", (scales, heads, groups, size), "float16")
-        tensor(f"value_{part}", (batch, capacity, TOKENS), "float16")
+        tensor(f"value_{part}", (batch, T.int64(), TOKENS), "float16")
     if shape.rotated:
-        tensor("rotation", (angles, capacity, size // 2, 2, TOKENS), "int16")
+        tensor("rotation", (angles, T.int64(), size // 2, 2, TOKENS), "int16")
     for side, words in (("key", words_k), ("value", words_v)):
         if getattr(shape, f"{side}_outliers"):
-            tensor(f"{side}_outliers", (batch, capacity, words), "int32")
-            tensor(f"{side}_offsets", (batch, capacity, heads + 1), "int32")
-    tensor("exact_key", (batch, heads, room_k, size), shape.exact_dtype)
-    tensor("exact_value", (batch, heads, room_v, out_size), shape.exact_dtype)
+            tensor(f"{side}_outliers", (batch, T.int64(), words), "int32")
+            tensor(f"{side}_offsets", (batch, T.int64(), heads + 1), "int32")
+    strided("exact_key", (batch, heads, exact, size), shape.exact_dtype)
+    strided("exact_value", (batch, heads, exact, out_size), shape.exact_dtype)
     tensor("exact_mask", (batch, queries, exact), "float32")
     tensor("sinks", (heads, rows), "float32")
     tensor("sums", (batch, splits, heads, padded, out_size), "float32")
