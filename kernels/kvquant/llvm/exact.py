@@ -9,6 +9,7 @@ from tvm.script.ir_builder import tirx as T
 from regraft.kernels.kvquant.llvm.simd import (
     Floats,
     Registers,
+    divided,
     get,
     load,
     local,
@@ -24,10 +25,10 @@ def combine(shape: Any, a: Any) -> None:
     lanes = 8
     floats, size, out_size = Floats(lanes), shape.key_size, shape.value_size
     with parallel(a.batch * shape.heads) as task:
-        b, head = T.Bind(T.floordiv(task, shape.heads)), T.Bind(T.floormod(task, shape.heads))
+        b, head = divided(task, shape.heads)
         total, top, weight = local((out_size,)), local((1,)), local((1,))
         with loop(a.rows) as row:
-            query = T.Bind(T.floormod(row, a.queries))
+            query = divided(row, a.queries)[1]
             put(top, get(a.sinks, head, row), 0)
             put(weight, T.float32(0), 0)
             with T.If(top[0] > T.float32(-3e38)), T.Then():

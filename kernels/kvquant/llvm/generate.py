@@ -16,11 +16,13 @@ from regraft.kernels.kvquant.llvm.simd import (
     Expr,
     Floats,
     Registers,
+    divided,
     fill,
     get,
     load,
     local,
     loop,
+    opaque,
     parallel,
     put,
     store,
@@ -131,30 +133,31 @@ class _Body:
         self.floats = Floats(machine.lanes)
         self.keys = FixedKeys(machine, shape.key_size, shape.key_bits, shape.rows, shape.rotated)
         self.values = FixedValues(machine, shape.value_size, shape.value_bits, shape.rows)
-        self.b = T.Bind(T.floordiv(task, a.splits))
-        self.split = T.Bind(T.floormod(task, a.splits))
+        self.b, self.split = divided(task, a.splits)
         self.me = (self.b, self.split)
 
     def run(self) -> None:
         a, shape = self.a, self.shape
-        steps = T.Bind(T.shift_right(a.blocks + (BLOCKS - 1), T.int64(3)))
-        start = T.Bind(T.floordiv(steps * self.split, a.splits) * BLOCKS)
-        stop = T.floordiv(steps * (self.split + 1), a.splits) * BLOCKS
-        stop = T.Bind(T.min(stop, a.blocks))
+        steps = opaque(T.shift_right(a.blocks + (BLOCKS - 1), T.int64(3)))
+        start, stop = (
+            opaque(T.min(divided(steps * n, a.splits)[0] * BLOCKS, a.blocks))
+            for n in (self.split, self.split + 1)
+        )
         self._reset()
         self._levels()
         self.scratch = self.keys.scratch()
         self.block_scale, self.block_zero = local((SPAN,)), local((SPAN,))
         self.outliers = Outliers(shape, a)
         self.outliers.start(self.me)
-        with loop(T.shift_right(stop - start + (BLOCKS - 1), T.int64(3))) as step:
-            block = T.Bind(start + step * BLOCKS)
-            count = T.Bind(T.min(stop - block, T.int64(BLOCKS)))
+        self.tiles = divided(a.padded, shape.rows)[0]
+        with loop(opaque(T.shift_right(stop - start + (BLOCKS - 1), T.int64(3)))) as step:
+            block = opaque(start + step * BLOCKS)
+            count = opaque(T.min(stop - block, T.int64(BLOCKS)))
             self._value_scales(block, count)
             with loop(shape.heads) as head:
                 with loop(count) as j:
                     self._score(head, block + j, j, start)
-                with loop(T.floordiv(a.padded, T.int64(shape.rows))) as tile:
+                with loop(self.tiles) as tile:
                     row = T.Bind(tile * shape.rows)
                     self.outliers.add_to_scores(self.me, head, block, count, tile, row)
                     self._softmax(head, block, count, row)
@@ -203,18 +206,18 @@ class _Body:
     def _score(self, head: Expr, block: Expr, j: Expr, start: Expr) -> None:
         """Raw scores of one block for all rows; tables anew where a group begins."""
         a, where = self.a, (*self.me, head)
-        fresh = T.Or(T.floormod(block, a.group) == T.int64(0), block == start)
+        group, offset = divided(block, a.group)
+        fresh = opaque(T.Or(offset == T.int64(0), block == start), "bool")
         with T.If(fresh), T.Then():
-            sequence = T.Bind(T.min(self.b, a.scales - 1))
-            at = (sequence, head, T.Bind(T.floordiv(block, a.group)))
+            at = (opaque(T.min(self.b, a.scales - 1)), head, group)
             self.keys.prepare(self.key_levels, a.key_scale, a.key_zero, at, self._query(head),
                               a.tables, a.fixed, a.units, where, a.padded, a.scale)  # fmt: skip
         rotation, angle = None, ()
         if self.shape.rotated:
-            rotation, angle = a.rotation, (T.Bind(T.min(self.b, a.angles - 1)), block)
+            rotation, angle = a.rotation, (opaque(T.min(self.b, a.angles - 1)), block)
         self.keys.unpack(a.key_codes, (self.b, head, block), a.tables, where, rotation, angle,
                          self.scratch)  # fmt: skip
-        with loop(T.floordiv(a.padded, T.int64(self.shape.rows))) as tile:
+        with loop(self.tiles) as tile:
             self.keys.score(self.scratch, a.fixed, a.units, where, tile * self.shape.rows,
                             a.scores, self.me, j * TOKENS)  # fmt: skip
 
@@ -227,9 +230,9 @@ class _Body:
         scaled = local((SPAN,))
         with loop(shape.rows) as r:
             at = (*self.me, row + r)
-            query = T.floormod(T.min(row + r, a.rows - 1), a.queries)
+            query = divided(T.min(row + r, a.rows - 1), a.queries)[1]
             first = T.Cast("int64", get(a.first, self.b, query)) - block * TOKENS
-            first = T.Bind(T.Cast("int32", T.min(first, T.int64(SPAN))))
+            first = opaque(T.Cast("int32", T.min(first, T.int64(SPAN))), "int32")
             with T.If(first > 0), T.Then(), loop(chunks) as i:
                 index = T.ramp(T.Cast("int32", i * lanes), 1, lanes)
                 old = load(a.scores, *at, i * lanes, lanes=lanes)

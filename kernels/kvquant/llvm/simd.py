@@ -46,6 +46,19 @@ def get(buffer: Any, *index: Expr) -> Expr:
     return buffer[tuple(map(integer, index))]
 
 
+def opaque(value: Expr, dtype: str = "int64") -> Expr:
+    """A scalar that TVM's simplifier does not look into: it takes minutes over nested divisions."""
+    kept = local((1,), dtype)
+    put(kept, value, 0)
+    return T.Bind(get(kept, 0))
+
+
+def divided(a: Expr, b: Expr | int) -> tuple[Expr, Expr]:
+    """Quotient and remainder of numbers >= 0."""
+    b = integer(b)
+    return opaque(T.truncdiv(a, b)), opaque(T.truncmod(a, b))
+
+
 def fill(value: float | int | Expr, dtype: str, lanes: int) -> Expr:
     scalar = getattr(T, dtype)(value) if isinstance(value, float | int) else value
     return T.broadcast(scalar, lanes)
