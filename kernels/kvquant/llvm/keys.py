@@ -223,14 +223,15 @@ class FixedKeys:
         m, floats = self.machine, Floats(self.machine.lanes)
         for v in range(TOKENS // m.lanes // 2):
             sums = Registers(2 * self.rows, "int32", m.lanes)
-            with loop(self.pairs) as pair:
-                keys = [load(scratch, pair, 2 * v + side, 0, lanes=m.lanes) for side in (0, 1)]
-                for r in range(self.rows):
-                    q = T.Bind(fill(get(fixed, *where, row + r, pair), "int32", m.lanes))
-                    for side, key in enumerate(keys):
-                        k = 2 * r + side
-                        words = T.reinterpret(f"int16x{2 * m.lanes}", key)
-                        sums[k] = m.dot_pairs(sums[k], words, q)
+            with loop(self.pairs // 4) as step:
+                for pair in (step * 4 + i for i in range(4)):
+                    keys = [load(scratch, pair, 2 * v + side, 0, lanes=m.lanes) for side in (0, 1)]
+                    for r in range(self.rows):
+                        q = T.Bind(fill(get(fixed, *where, row + r, pair), "int32", m.lanes))
+                        for side, key in enumerate(keys):
+                            k = 2 * r + side
+                            words = T.reinterpret(f"int16x{2 * m.lanes}", key)
+                            sums[k] = m.dot_pairs(sums[k], words, q)
             for r in range(self.rows):
                 unit = floats.of(get(units, *where, row + r))
                 for side, ints in enumerate(m.in_order(sums[2 * r], sums[2 * r + 1])):

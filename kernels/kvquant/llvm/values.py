@@ -66,25 +66,27 @@ class FixedValues:
             sums = Registers(self.rows * self.vectors, "int32", m.lanes)
             with loop(blocks) as j:
                 where = (*at, block + j)
-                for pair, data in self._pairs(codes, where, channel, levels):
-                    for r in range(self.rows):
-                        weight = get(weights, r, j * (TOKENS // 2) + pair)
-                        weight = T.Bind(fill(weight, "int32", m.lanes))
-                        for v, words in enumerate(data):
-                            k = r * self.vectors + v
-                            pairs = T.reinterpret(f"int16x{2 * m.lanes}", words)
-                            sums[k] = m.dot_pairs(sums[k], pairs, weight)
+                steps = 1 if self.bits == 3 else TOKENS * self.bits // 32
+                with loop(steps) as step:
+                    for pair, data in self._pairs(codes, where, channel, levels, step):
+                        for r in range(self.rows):
+                            weight = get(weights, r, j * (TOKENS // 2) + pair)
+                            weight = T.Bind(fill(weight, "int32", m.lanes))
+                            for v, words in enumerate(data):
+                                k = r * self.vectors + v
+                                pairs = T.reinterpret(f"int16x{2 * m.lanes}", words)
+                                sums[k] = m.dot_pairs(sums[k], pairs, weight)
             for r in range(self.rows):
                 for v in range(self.vectors):
                     finish(r, channel + v * m.lanes, sums[r * self.vectors + v])
 
     def _pairs(
-        self, codes: Any, at: tuple[Expr, ...], channel: Expr, levels: Expr
-    ) -> Iterator[tuple[int, list[Expr]]]:
+        self, codes: Any, at: tuple[Expr, ...], channel: Expr, levels: Expr, step: Expr
+    ) -> Iterator[tuple[Expr, list[Expr]]]:
         """(number of a pair of tokens, its int16 pairs by vectors of channels) of a block."""
         m = self.machine
 
-        def words(group: int) -> list[Expr]:
+        def words(group: Expr) -> list[Expr]:
             count = self.machine.bits // 8
             starts = [(group * self.size + channel + v * m.lanes) * 4 for v in range(self.vectors)]
             data = [load(codes, *at, start, lanes=count) for start in starts]
@@ -94,20 +96,18 @@ class FixedValues:
             found = m.look_up_bytes(levels, index)
             return T.Bind(T.reinterpret(f"int32x{m.lanes}", found))
 
-        return self._planes(words, look_up) if self.bits == 3 else self._bytes(words, look_up)
+        return self._planes(words, look_up) if self.bits == 3 else self._bytes(words, look_up, step)
 
-    def _bytes(self, words: Any, look_up: Any) -> Iterator[tuple[int, list[Expr]]]:
+    def _bytes(self, words: Any, look_up: Any, step: Expr) -> Iterator[tuple[Expr, list[Expr]]]:
         """The look-up of the bytes of a word serves two pairs."""
         m, per, mask = self.machine, 16 // self.bits, (2**self.bits - 1) * 0x1010101
-        for group in range(TOKENS // (2 * per)):
-            data = words(group)
-            for i in range(per // 2):
-                found = [look_up(m.mask(m.shift_right(w, self.bits * i, 16), mask)) for w in data]
-                first = group * per + i
-                yield first, [m.mask(u, 0xFF00FF) for u in found]
-                yield first + per // 2, [m.shift_right(u, 8, 16) for u in found]
+        data = words(step)
+        for i in range(per // 2):
+            found = [look_up(m.mask(m.shift_right(w, self.bits * i, 16), mask)) for w in data]
+            yield step * per + i, [m.mask(u, 0xFF00FF) for u in found]
+            yield step * per + (i + per // 2), [m.shift_right(u, 8, 16) for u in found]
 
-    def _planes(self, words: Any, look_up: Any) -> Iterator[tuple[int, list[Expr]]]:
+    def _planes(self, words: Any, look_up: Any) -> Iterator[tuple[Expr, list[Expr]]]:
         """Two low bits from one plane, the third from another."""
         m, highs = self.machine, words(2)
         for pair in range(TOKENS // 2):
