@@ -37,7 +37,9 @@ def combine(shape: Any, a: Any) -> None:
             with loop(out_size // lanes) as i:
                 store(total, floats.of(0.0), i * lanes, lanes=lanes)
 
-            def add(score: Any, share: Any, values: Any, top=top, weight=weight, total=total) -> None:
+            def add(
+                score: Any, share: Any, values: Any, top=top, weight=weight, total=total
+            ) -> None:
                 """Merge sums of values whose softmax has this maximum and this denominator."""
                 now = T.Bind(T.max(top[0], score))
                 old, new = T.Bind(T.exp(top[0] - now)), T.Bind(T.exp(score - now))

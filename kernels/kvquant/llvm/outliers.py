@@ -1,5 +1,12 @@
 class Outliers:
-    def __init__(self, shape, a): pass
-    def start(self, me): pass
-    def add_to_scores(self, *a): pass
-    def add_to_sums(self, *a): pass
+    def __init__(self, shape, a):
+        pass
+
+    def start(self, me):
+        pass
+
+    def add_to_scores(self, *a):
+        pass
+
+    def add_to_sums(self, *a):
+        pass

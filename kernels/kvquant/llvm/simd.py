@@ -192,7 +192,9 @@ class X86:
     def in_order(self, low: Expr, high: Expr) -> tuple[Expr, Expr]:
         """Undo what interleave does to the order of 32-bit elements."""
         lanes = self.bits // 128
-        order = [i + 4 * k + side for k in range(lanes) for side in (0, 4 * lanes) for i in range(4)]
+        order = [
+            i + 4 * k + side for k in range(lanes) for side in (0, 4 * lanes) for i in range(4)
+        ]
         return shuffle([low, high], order[: 4 * lanes]), shuffle([low, high], order[4 * lanes :])
 
     def shift_right(self, x: Expr, count: int, width: int) -> Expr:
