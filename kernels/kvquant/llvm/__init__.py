@@ -60,6 +60,7 @@ def attend(
     if body.table is not None:
         tables = [body.table.unflatten(2, (size // 2, 2, 32))]
     parts = (batch, splits, heads)
+    turned = [torch.empty(*parts, padded // tile, size, 8)] if key.outliers is not None else []
     function(
         floats.view(batch, heads, rows, size),
         out,
@@ -86,6 +87,7 @@ def attend(
         torch.empty(*parts, size, 32, dtype=torch.uint8),
         torch.empty(*parts, padded, size // 2, dtype=torch.int32),
         torch.empty(*parts, padded),
+        *turned,
     )
     return out.view(batch, query_heads, queries, value.size).to(q.dtype)
 

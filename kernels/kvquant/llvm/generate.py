@@ -121,6 +121,8 @@ def _arguments(shape: Shape) -> Any:
     tensor("tables", (batch, splits, heads, size, 32), "uint8")
     tensor("fixed", (batch, splits, heads, padded, size // 2), "int32")
     tensor("units", (batch, splits, heads, padded), "float32")
+    if shape.key_outliers:
+        tensor("turned", (batch, splits, heads, T.int64(), size, 8), "float32")
     return a
 
 
@@ -147,9 +149,11 @@ class _Body:
         self._levels()
         self.scratch = self.keys.scratch()
         self.block_scale, self.block_zero = local((SPAN,)), local((SPAN,))
-        self.outliers = Outliers(shape, a)
-        self.outliers.start(self.me)
+        sizes = (shape.key_size, shape.value_size)
+        self.outliers = Outliers(*sizes, shape.rows, shape.rotated)
         self.tiles = divided(a.padded, shape.rows)[0]
+        if shape.key_outliers:
+            self._turn_queries()
         with loop(opaque(T.shift_right(stop - start + (BLOCKS - 1), T.int64(3)))) as step:
             block = opaque(start + step * BLOCKS)
             count = opaque(T.min(stop - block, T.int64(BLOCKS)))
@@ -159,10 +163,15 @@ class _Body:
                     self._score(head, block + j, j, start)
                 with loop(self.tiles) as tile:
                     row = T.Bind(tile * shape.rows)
-                    self.outliers.add_to_scores(self.me, head, block, count, tile, row)
+                    if shape.key_outliers:
+                        self._key_outliers(head, block, count, tile, row)
                     self._softmax(head, block, count, row)
                     self._accumulate(head, block, count, row)
-                    self.outliers.add_to_sums(self.me, head, block, count, row)
+                    if shape.value_outliers:
+                        self.outliers.add_to_sums(
+                            a.value_outliers, a.value_offsets, (self.b, block), head, count,
+                            a.scores, (*self.me, row), a.sums, (*self.me, head, row),
+                        )  # fmt: skip
 
     def _reset(self) -> None:
         a, floats = self.a, self.floats
@@ -203,6 +212,26 @@ class _Body:
 
         return query
 
+    def _turn_queries(self) -> None:
+        with loop(self.shape.heads) as head, loop(self.tiles) as tile:
+            q = self._query(head)
+            where = (*self.me, head, tile)
+            self.outliers.turn(lambda row, channel: q(row, channel, 1), self.a.scale, self.a.turned,
+                               where, tile * self.shape.rows)  # fmt: skip
+
+    def _key_outliers(self, head: Expr, block: Expr, count: Expr, tile: Expr, row: Expr) -> None:
+        a = self.a
+        rotation, angle = self._rotation()
+        self.outliers.add_to_scores(
+            a.key_outliers, a.key_offsets, (self.b, block), head, count, rotation, angle,
+            a.turned, (*self.me, head, tile), a.scores, (*self.me, row),
+        )  # fmt: skip
+
+    def _rotation(self) -> tuple[Any, Expr]:
+        if not self.shape.rotated:
+            return None, None
+        return self.a.rotation, opaque(T.min(self.b, self.a.angles - 1))
+
     def _score(self, head: Expr, block: Expr, j: Expr, start: Expr) -> None:
         """Raw scores of one block for all rows; tables anew where a group begins."""
         a, where = self.a, (*self.me, head)
@@ -212,10 +241,8 @@ class _Body:
             at = (opaque(T.min(self.b, a.scales - 1)), head, group)
             self.keys.prepare(self.key_levels, a.key_scale, a.key_zero, at, self._query(head),
                               a.tables, a.fixed, a.units, where, a.padded, a.scale)  # fmt: skip
-        rotation, angle = None, ()
-        if self.shape.rotated:
-            rotation, angle = a.rotation, (opaque(T.min(self.b, a.angles - 1)), block)
-        self.keys.unpack(a.key_codes, (self.b, head, block), a.tables, where, rotation, angle,
+        rotation, angle = self._rotation()
+        self.keys.unpack(a.key_codes, (self.b, head, block), a.tables, where, rotation, (angle, block),
                          self.scratch)  # fmt: skip
         with loop(self.tiles) as tile:
             self.keys.score(self.scratch, a.fixed, a.units, where, tile * self.shape.rows,

@@ -30,7 +30,8 @@ def local(shape: Sequence[int], dtype: str = "float32") -> Any:
 
 
 def load(buffer: Any, *index: Expr, lanes: int) -> Expr:
-    return T.Bind(buffer.vload(list(map(integer, index)), f"{buffer.dtype}x{lanes}"))
+    dtype = f"{buffer.dtype}x{lanes}" if lanes > 1 else buffer.dtype
+    return T.Bind(buffer.vload(list(map(integer, index)), dtype))
 
 
 def store(buffer: Any, value: Expr, *index: Expr, lanes: int) -> None:
