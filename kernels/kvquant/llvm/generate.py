@@ -111,10 +111,11 @@ def _arguments(shape: Shape) -> Any:
         if getattr(shape, f"{side}_outliers"):
             tensor(f"{side}_outliers", (batch, T.int64(), words), "int32")
             tensor(f"{side}_offsets", (batch, T.int64(), heads + 1), "int32")
-    strided("exact_key", (batch, heads, exact, size), shape.exact_dtype)
-    strided("exact_value", (batch, heads, exact, out_size), shape.exact_dtype)
+    exact_dtype = {"bfloat16": "uint16"}.get(shape.exact_dtype, shape.exact_dtype)
+    strided("exact_key", (batch, heads, exact, size), exact_dtype)
+    strided("exact_value", (batch, heads, exact, out_size), exact_dtype)
     tensor("exact_mask", (batch, queries, exact), "float32")
-    tensor("sinks", (heads, rows), "float32")
+    tensor("sinks", (heads, T.int64()), "float32")
     tensor("sums", (batch, splits, heads, padded, out_size), "float32")
     tensor("softmax", (batch, splits, heads, padded, 2), "float32")
     tensor("scores", (batch, splits, padded, SPAN), "float32")
@@ -287,7 +288,7 @@ class _Body:
                 store(scaled, weight, i * lanes, lanes=lanes)
                 largest[0] = floats.max(largest[0], weight)
             put(a.softmax, get(a.softmax, *state, 1) * alpha + floats.total(total[0]), *state, 1)
-            unit = T.Bind(T.max(floats.largest(largest[0]), T.float32(1e-35)) / T.float32(32767))
+            unit = T.Bind(T.max(floats.largest(largest[0]), T.float32(1e-30)) / T.float32(32767))
             whole = Registers(1, "float32", lanes)
             with loop(chunks) as i:
                 weight = load(scaled, i * lanes, lanes=lanes)
