@@ -86,12 +86,21 @@ def attend(
         torch.empty(*parts, padded, value.size),
         torch.empty(*parts, padded, 2),
         torch.empty(batch, splits, padded, 256),
-        torch.empty(*parts, size, 32, dtype=torch.uint8),
-        torch.empty(*parts, padded, size // 2, dtype=torch.int32),
+        *_tables(level, parts, padded, size),
         torch.empty(*parts, padded),
         *turned,
     )
     return out.view(batch, query_heads, queries, value.size).to(q.dtype)
+
+
+def _tables(level: str, parts: tuple[int, ...], rows: int, size: int) -> tuple[Tensor, Tensor]:
+    """Room for the channels' tables and for the query in the kernel's numbers."""
+    if level == "portable":
+        return torch.empty(*parts, size, 16), torch.empty(*parts, rows, size)
+    return (
+        torch.empty(*parts, size, 32, dtype=torch.uint8),
+        torch.empty(*parts, rows, size // 2, dtype=torch.int32),
+    )
 
 
 def _with_room(x: Any) -> Any:

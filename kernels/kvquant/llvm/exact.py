@@ -91,7 +91,11 @@ class _Row:
                     k = self._exact(a.exact_key, start + token, at)
                     sums[part] = FLOATS.fma(q, k, sums[part])
             mask = T.max(get(a.exact_mask, self.b, self.query, start + token), T.float32(UNSEEN))
-            put(scores, T.max(FLOATS.total(sums[0] + sums[1]) * a.scale, T.float32(NEVER)) + mask, token)
+            put(
+                scores,
+                T.max(FLOATS.total(sums[0] + sums[1]) * a.scale, T.float32(NEVER)) + mask,
+                token,
+            )
         chunks = opaque(T.shift_right(count + (LANES - 1), T.int64(3)))
         with loop(chunks * LANES, count) as token:
             put(scores, T.float32(UNSEEN), token)

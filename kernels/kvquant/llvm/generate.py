@@ -11,6 +11,7 @@ from tvm.script.ir_builder import tirx as T
 from regraft.kernels.kvquant.llvm.exact import combine
 from regraft.kernels.kvquant.llvm.keys import FixedKeys
 from regraft.kernels.kvquant.llvm.outliers import Outliers
+from regraft.kernels.kvquant.llvm.plain import PlainKeys, PlainValues
 from regraft.kernels.kvquant.llvm.simd import (
     X86,
     Expr,
@@ -62,6 +63,24 @@ def make(shape: Shape) -> Any:
                 _Body(shape, a, task).run()
             combine(shape, a)
     return builder.get().with_attr("global_symbol", "attend")
+
+
+def keys_of(shape: Shape) -> FixedKeys | PlainKeys:
+    settings = (shape.key_size, shape.key_bits, shape.rows, shape.rotated)
+    return (
+        PlainKeys(*settings)
+        if shape.level == "portable"
+        else FixedKeys(X86(shape.level), *settings)
+    )
+
+
+def values_of(shape: Shape) -> FixedValues | PlainValues:
+    settings = (shape.value_size, shape.value_bits, shape.rows)
+    return (
+        PlainValues(*settings)
+        if shape.level == "portable"
+        else FixedValues(X86(shape.level), *settings)
+    )
 
 
 class _Arguments:
@@ -119,8 +138,9 @@ def _arguments(shape: Shape) -> Any:
     tensor("sums", (batch, splits, heads, padded, out_size), "float32")
     tensor("softmax", (batch, splits, heads, padded, 2), "float32")
     tensor("scores", (batch, splits, padded, SPAN), "float32")
-    tensor("tables", (batch, splits, heads, size, 32), "uint8")
-    tensor("fixed", (batch, splits, heads, padded, size // 2), "int32")
+    tables, query = keys_of(shape).table, keys_of(shape).query
+    tensor("tables", (batch, splits, heads, size, tables[1]), tables[0])
+    tensor("fixed", (batch, splits, heads, padded, query[1]), query[0])
     tensor("units", (batch, splits, heads, padded), "float32")
     if shape.key_outliers:
         tensor("turned", (batch, splits, heads, T.int64(), size, 8), "float32")
@@ -132,10 +152,8 @@ class _Body:
 
     def __init__(self, shape: Shape, a: Any, task: Expr) -> None:
         self.shape, self.a = shape, a
-        machine = X86(shape.level)
-        self.floats = Floats(machine.lanes)
-        self.keys = FixedKeys(machine, shape.key_size, shape.key_bits, shape.rows, shape.rotated)
-        self.values = FixedValues(machine, shape.value_size, shape.value_bits, shape.rows)
+        self.floats = Floats(16 if shape.level == "avx512" else 8)
+        self.keys, self.values = keys_of(shape), values_of(shape)
         self.b, self.split = divided(task, a.splits)
         self.me = (self.b, self.split)
 
@@ -243,8 +261,8 @@ class _Body:
             self.keys.prepare(self.key_levels, a.key_scale, a.key_zero, at, self._query(head),
                               a.tables, a.fixed, a.units, where, a.padded, a.scale)  # fmt: skip
         rotation, angle = self._rotation()
-        self.keys.unpack(a.key_codes, (self.b, head, block), a.tables, where, rotation, (angle, block),
-                         self.scratch)  # fmt: skip
+        self.keys.unpack(a.key_codes, (self.b, head, block), a.tables, where, rotation,
+                         (angle, block), self.scratch)  # fmt: skip
         with loop(self.tiles) as tile:
             self.keys.score(self.scratch, a.fixed, a.units, where, tile * self.shape.rows,
                             a.scores, self.me, j * TOKENS)  # fmt: skip

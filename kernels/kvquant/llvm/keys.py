@@ -48,6 +48,16 @@ class FixedKeys:
     def pairs(self) -> int:
         return self.size // 2
 
+    @property
+    def table(self) -> tuple[str, int]:
+        """What a channel's table is made of."""
+        return "uint8", 32
+
+    @property
+    def query(self) -> tuple[str, int]:
+        """What a query row is made of."""
+        return "int32", self.pairs
+
     def scratch(self) -> Any:
         """A block of keys, int16 pairs [pairs, vectors of tokens]."""
         vectors = TOKENS // self.machine.lanes
@@ -192,10 +202,7 @@ class FixedKeys:
             table = load(tables, *where, channel, 0, lanes=32)
             table = repeat(T.reinterpret("int16x16", table), 16, 2)
             return (m.look_up_words(table, T.reinterpret("int16x32", index)),)
-        half = [
-            repeat(load(tables, *where, channel, start, lanes=16), 16, 2)
-            for start in (0, 16)
-        ]
+        half = [repeat(load(tables, *where, channel, start, lanes=16), 16, 2) for start in (0, 16)]
         low, high = (m.look_up_bytes(table, index) for table in half)
         return tuple(T.Bind(T.reinterpret("int16x16", x)) for x in m.interleave(low, high, 8))
 

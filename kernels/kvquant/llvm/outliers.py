@@ -41,7 +41,7 @@ class Outliers:
     rotated: bool
 
     def turn(self, q: Any, scale: Expr, queries: Any, where: tuple[Expr, ...], row: Expr) -> None:
-        """Fill queries[*where] with a tile of rows, times scale; q: a function of (row, channel)."""
+        """Fill queries[*where] with a tile of rows q(row, channel), times scale."""
         half = self.size // 2
         factor = T.Bind(scale * T.float32(2**-14 if self.rotated else 1))
         with loop(half) as pair:
@@ -67,7 +67,7 @@ class Outliers:
         scores: Any,
         out: tuple[Expr, ...],
     ) -> None:
-        """scores[*out, row, token] += residual * query, of ``count`` blocks from at = (b, block)."""
+        """scores[*out, row, token] += residual * query, in count blocks from at = (b, block) on."""
         extra = local((SPAN, ROWS))
         with loop(count * TOKENS // 2) as i:
             store(extra, EIGHT.of(0.0), i * 2, 0, lanes=8)
@@ -140,9 +140,7 @@ class Outliers:
                 value = T.Bind(T.Cast("float32", half))
                 add(block, j, token, T.Bind(T.Cast("int64", channel)), value)
 
-    def _add_transposed(
-        self, extra: Any, groups: Expr, target: Any, out: tuple[Expr, ...]
-    ) -> None:
+    def _add_transposed(self, extra: Any, groups: Expr, target: Any, out: tuple[Expr, ...]) -> None:
         *outer, row = out
         with loop(groups) as i:
             parts = [load(extra, i * 8 + 2 * k, 0, lanes=8) for k in range(4)]

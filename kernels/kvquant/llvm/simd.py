@@ -39,6 +39,15 @@ def store(buffer: Any, value: Expr, *index: Expr, lanes: int) -> None:
     T.buffer_store(buffer, value, [*outer, T.ramp(last, integer(1), lanes)])
 
 
+def gather(buffer: Any, index: Sequence[Expr], last: Expr, lanes: int) -> Expr:
+    """Elements at a vector of last indices (int32)."""
+    places, found = local((lanes,), "int32"), local((lanes,), buffer.dtype)
+    store(places, last, 0, lanes=lanes)
+    for lane in range(lanes):
+        put(found, get(buffer, *index, T.Cast("int64", get(places, lane))), lane)
+    return load(found, 0, lanes=lanes)
+
+
 def put(buffer: Any, value: Expr, *index: Expr) -> None:
     T.buffer_store(buffer, value, list(map(integer, index)))
 
@@ -193,7 +202,9 @@ class X86:
     def in_order(self, low: Expr, high: Expr) -> tuple[Expr, Expr]:
         """Undo what interleave does to the order of 32-bit elements."""
         lanes = self.bits // 128
-        order = [i + 4 * k + side for k in range(lanes) for side in (0, 4 * lanes) for i in range(4)]
+        order = [
+            i + 4 * k + side for k in range(lanes) for side in (0, 4 * lanes) for i in range(4)
+        ]
         return shuffle([low, high], order[: 4 * lanes]), shuffle([low, high], order[4 * lanes :])
 
     def shift_right(self, x: Expr, count: int, width: int) -> Expr:
