@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+from typing import Any
 
 from torch import Tensor
 
@@ -32,12 +33,17 @@ def attend(
     arguments = q, body, exact_key, exact_value, exact_mask, first, sinks, scale
     if wanted():
         try:
-            return importlib.import_module(MODULES[q.device.type]).attend(*arguments)
+            return kernel_attend(*arguments)
         except compiled.KernelError as error:
             if str(error) not in _told:
                 _told.add(str(error))
                 log.warning("regraft: decoding the quantized cache by reference, slower: %s", error)
     return reference.attend(*arguments)
+
+
+def kernel_attend(q: Tensor, *arguments: Any) -> Tensor:
+    """``attend`` by the kernel; KernelError where there is none."""
+    return importlib.import_module(MODULES[q.device.type]).attend(q, *arguments)
 
 
 def wanted() -> bool:

@@ -5,6 +5,7 @@ Raises KernelError where there is no kernel: the reference can take its place.
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from regraft.kernels.compiled import LEVELS, KernelError, cpu_level, kernel
-from regraft.kernels.kvquant.reference import Body, Packed
+from regraft.kernels.kvquant.reference import Body
 
 SIZES = (64, 80, 96, 128, 256)
 
@@ -39,7 +40,7 @@ def attend(
         raise KernelError("kernels for quantized caches have no soft cap")
     batch, query_heads, queries, size = q.shape
     heads, rows = exact_key.shape[1], query_heads // exact_key.shape[1] * queries
-    key, value = body.key, body.value
+    key, value, tables = body.key, body.value, [] if body.table is None else [body.table]
     tile = _tile(rows)
     function = _kernel(
         level,
@@ -54,48 +55,59 @@ def attend(
     )
     padded = -(-rows // tile) * tile
     splits = max(1, min(-(-torch.get_num_threads() // batch), -(-body.blocks // 8)))
-    floats = q.float().contiguous()
-    out = torch.empty(batch, heads, rows, value.size)
-    tables: list[Tensor] = []
-    if body.table is not None:
-        tables = [body.table.unflatten(2, (size // 2, 2, 32))]
     parts = (batch, splits, heads)
+    out = torch.empty(batch, heads, rows, value.size)
+    turned = [torch.empty(*parts, padded // tile, size, 8)] if key.outliers is not None else []
+    if not exact_key.shape[2]:
+        exact_key, exact_value = (x.new_zeros(batch, heads, 1, n) for x, n in
+                                  ((exact_key, size), (exact_value, value.size)))  # fmt: skip
+        exact_mask = exact_mask.new_full((batch, queries, 1), -math.inf)
+    if exact_key.dtype == torch.bfloat16:
+        exact_key, exact_value = exact_key.view(torch.uint16), exact_value.view(torch.uint16)
+    tensors = [
+        *(key.codes, key.levels, key.unit, value.codes, value.levels, value.unit),
+        *(key.scale, value.scale, key.zero, value.zero),
+        *(table.unflatten(2, (size // 2, 2, 32)) for table in tables),
+        *(x for x in (key.outliers, key.offsets) if x is not None),
+        *(x for x in (value.outliers, value.offsets) if x is not None),
+    ]
+    if not body.blocks:
+        tensors = [_with_room(x) for x in tensors]
     function(
-        floats.view(batch, heads, rows, size),
+        q.float().contiguous().view(batch, heads, rows, size),
         out,
         first,
         body.blocks,
         body.group // 32 or 1 << 40,
         scale,
-        *_codes(key),
-        *_codes(value),
-        key.scale,
-        value.scale,
-        key.zero,
-        value.zero,
-        *tables,
-        *_outliers(key),
-        *_outliers(value),
-        exact_key,
-        exact_value,
-        exact_mask,
+        *tensors,
+        *(exact_key, exact_value, exact_mask),
         sinks.view(heads, -1),
         torch.empty(*parts, padded, value.size),
         torch.empty(*parts, padded, 2),
         torch.empty(batch, splits, padded, 256),
-        torch.empty(*parts, size, 32, dtype=torch.uint8),
-        torch.empty(*parts, padded, size // 2, dtype=torch.int32),
+        *_tables(level, parts, padded, size),
         torch.empty(*parts, padded),
+        *turned,
     )
     return out.view(batch, query_heads, queries, value.size).to(q.dtype)
 
 
-def _codes(packed: Packed) -> tuple[Any, ...]:
-    return packed.codes, packed.levels, packed.unit
+def _tables(level: str, parts: tuple[int, ...], rows: int, size: int) -> tuple[Tensor, Tensor]:
+    """Room for the channels' tables and for the query in the kernel's numbers."""
+    if level == "portable":
+        return torch.empty(*parts, size, 16), torch.empty(*parts, rows, size)
+    return (
+        torch.empty(*parts, size, 32, dtype=torch.uint8),
+        torch.empty(*parts, rows, size // 2, dtype=torch.int32),
+    )
 
 
-def _outliers(packed: Packed) -> tuple[Any, ...]:
-    return () if packed.outliers is None else (packed.outliers, packed.offsets)
+def _with_room(x: Any) -> Any:
+    """Tensors of an empty body need some memory all the same."""
+    if not isinstance(x, Tensor) or x.numel():
+        return x
+    return x.new_zeros([max(n, 1) for n in x.shape])
 
 
 def _tile(rows: int) -> int:

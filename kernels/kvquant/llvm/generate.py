@@ -11,6 +11,7 @@ from tvm.script.ir_builder import tirx as T
 from regraft.kernels.kvquant.llvm.exact import combine
 from regraft.kernels.kvquant.llvm.keys import FixedKeys
 from regraft.kernels.kvquant.llvm.outliers import Outliers
+from regraft.kernels.kvquant.llvm.plain import PlainKeys, PlainValues
 from regraft.kernels.kvquant.llvm.simd import (
     X86,
     Expr,
@@ -64,6 +65,24 @@ def make(shape: Shape) -> Any:
     return builder.get().with_attr("global_symbol", "attend")
 
 
+def keys_of(shape: Shape) -> FixedKeys | PlainKeys:
+    settings = (shape.key_size, shape.key_bits, shape.rows, shape.rotated)
+    return (
+        PlainKeys(*settings)
+        if shape.level == "portable"
+        else FixedKeys(X86(shape.level), *settings)
+    )
+
+
+def values_of(shape: Shape) -> FixedValues | PlainValues:
+    settings = (shape.value_size, shape.value_bits, shape.rows)
+    return (
+        PlainValues(*settings)
+        if shape.level == "portable"
+        else FixedValues(X86(shape.level), *settings)
+    )
+
+
 class _Arguments:
     pass
 
@@ -111,16 +130,20 @@ def _arguments(shape: Shape) -> Any:
         if getattr(shape, f"{side}_outliers"):
             tensor(f"{side}_outliers", (batch, T.int64(), words), "int32")
             tensor(f"{side}_offsets", (batch, T.int64(), heads + 1), "int32")
-    strided("exact_key", (batch, heads, exact, size), shape.exact_dtype)
-    strided("exact_value", (batch, heads, exact, out_size), shape.exact_dtype)
+    exact_dtype = {"bfloat16": "uint16"}.get(shape.exact_dtype, shape.exact_dtype)
+    strided("exact_key", (batch, heads, exact, size), exact_dtype)
+    strided("exact_value", (batch, heads, exact, out_size), exact_dtype)
     tensor("exact_mask", (batch, queries, exact), "float32")
-    tensor("sinks", (heads, rows), "float32")
+    tensor("sinks", (heads, T.int64()), "float32")
     tensor("sums", (batch, splits, heads, padded, out_size), "float32")
     tensor("softmax", (batch, splits, heads, padded, 2), "float32")
     tensor("scores", (batch, splits, padded, SPAN), "float32")
-    tensor("tables", (batch, splits, heads, size, 32), "uint8")
-    tensor("fixed", (batch, splits, heads, padded, size // 2), "int32")
+    tables, query = keys_of(shape).table, keys_of(shape).query
+    tensor("tables", (batch, splits, heads, size, tables[1]), tables[0])
+    tensor("fixed", (batch, splits, heads, padded, query[1]), query[0])
     tensor("units", (batch, splits, heads, padded), "float32")
+    if shape.key_outliers:
+        tensor("turned", (batch, splits, heads, T.int64(), size, 8), "float32")
     return a
 
 
@@ -129,10 +152,8 @@ class _Body:
 
     def __init__(self, shape: Shape, a: Any, task: Expr) -> None:
         self.shape, self.a = shape, a
-        machine = X86(shape.level)
-        self.floats = Floats(machine.lanes)
-        self.keys = FixedKeys(machine, shape.key_size, shape.key_bits, shape.rows, shape.rotated)
-        self.values = FixedValues(machine, shape.value_size, shape.value_bits, shape.rows)
+        self.floats = Floats(16 if shape.level == "avx512" else 8)
+        self.keys, self.values = keys_of(shape), values_of(shape)
         self.b, self.split = divided(task, a.splits)
         self.me = (self.b, self.split)
 
@@ -147,9 +168,11 @@ class _Body:
         self._levels()
         self.scratch = self.keys.scratch()
         self.block_scale, self.block_zero = local((SPAN,)), local((SPAN,))
-        self.outliers = Outliers(shape, a)
-        self.outliers.start(self.me)
+        sizes = (shape.key_size, shape.value_size)
+        self.outliers = Outliers(*sizes, shape.rows, shape.rotated)
         self.tiles = divided(a.padded, shape.rows)[0]
+        if shape.key_outliers:
+            self._turn_queries()
         with loop(opaque(T.shift_right(stop - start + (BLOCKS - 1), T.int64(3)))) as step:
             block = opaque(start + step * BLOCKS)
             count = opaque(T.min(stop - block, T.int64(BLOCKS)))
@@ -159,10 +182,15 @@ class _Body:
                     self._score(head, block + j, j, start)
                 with loop(self.tiles) as tile:
                     row = T.Bind(tile * shape.rows)
-                    self.outliers.add_to_scores(self.me, head, block, count, tile, row)
+                    if shape.key_outliers:
+                        self._key_outliers(head, block, count, tile, row)
                     self._softmax(head, block, count, row)
                     self._accumulate(head, block, count, row)
-                    self.outliers.add_to_sums(self.me, head, block, count, row)
+                    if shape.value_outliers:
+                        self.outliers.add_to_sums(
+                            a.value_outliers, a.value_offsets, (self.b, block), head, count,
+                            a.scores, (*self.me, row), a.sums, (*self.me, head, row),
+                        )  # fmt: skip
 
     def _reset(self) -> None:
         a, floats = self.a, self.floats
@@ -203,6 +231,26 @@ class _Body:
 
         return query
 
+    def _turn_queries(self) -> None:
+        with loop(self.shape.heads) as head, loop(self.tiles) as tile:
+            q = self._query(head)
+            where = (*self.me, head, tile)
+            self.outliers.turn(lambda row, channel: q(row, channel, 1), self.a.scale, self.a.turned,
+                               where, tile * self.shape.rows)  # fmt: skip
+
+    def _key_outliers(self, head: Expr, block: Expr, count: Expr, tile: Expr, row: Expr) -> None:
+        a = self.a
+        rotation, angle = self._rotation()
+        self.outliers.add_to_scores(
+            a.key_outliers, a.key_offsets, (self.b, block), head, count, rotation, angle,
+            a.turned, (*self.me, head, tile), a.scores, (*self.me, row),
+        )  # fmt: skip
+
+    def _rotation(self) -> tuple[Any, Expr]:
+        if not self.shape.rotated:
+            return None, None
+        return self.a.rotation, opaque(T.min(self.b, self.a.angles - 1))
+
     def _score(self, head: Expr, block: Expr, j: Expr, start: Expr) -> None:
         """Raw scores of one block for all rows; tables anew where a group begins."""
         a, where = self.a, (*self.me, head)
@@ -212,11 +260,9 @@ class _Body:
             at = (opaque(T.min(self.b, a.scales - 1)), head, group)
             self.keys.prepare(self.key_levels, a.key_scale, a.key_zero, at, self._query(head),
                               a.tables, a.fixed, a.units, where, a.padded, a.scale)  # fmt: skip
-        rotation, angle = None, ()
-        if self.shape.rotated:
-            rotation, angle = a.rotation, (opaque(T.min(self.b, a.angles - 1)), block)
-        self.keys.unpack(a.key_codes, (self.b, head, block), a.tables, where, rotation, angle,
-                         self.scratch)  # fmt: skip
+        rotation, angle = self._rotation()
+        self.keys.unpack(a.key_codes, (self.b, head, block), a.tables, where, rotation,
+                         (angle, block), self.scratch)  # fmt: skip
         with loop(self.tiles) as tile:
             self.keys.score(self.scratch, a.fixed, a.units, where, tile * self.shape.rows,
                             a.scores, self.me, j * TOKENS)  # fmt: skip
@@ -260,7 +306,7 @@ class _Body:
                 store(scaled, weight, i * lanes, lanes=lanes)
                 largest[0] = floats.max(largest[0], weight)
             put(a.softmax, get(a.softmax, *state, 1) * alpha + floats.total(total[0]), *state, 1)
-            unit = T.Bind(T.max(floats.largest(largest[0]), T.float32(1e-35)) / T.float32(32767))
+            unit = T.Bind(T.max(floats.largest(largest[0]), T.float32(1e-30)) / T.float32(32767))
             whole = Registers(1, "float32", lanes)
             with loop(chunks) as i:
                 weight = load(scaled, i * lanes, lanes=lanes)

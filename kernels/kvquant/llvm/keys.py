@@ -48,6 +48,16 @@ class FixedKeys:
     def pairs(self) -> int:
         return self.size // 2
 
+    @property
+    def table(self) -> tuple[str, int]:
+        """What a channel's table is made of."""
+        return "uint8", 32
+
+    @property
+    def query(self) -> tuple[str, int]:
+        """What a query row is made of."""
+        return "int32", self.pairs
+
     def scratch(self) -> Any:
         """A block of keys, int16 pairs [pairs, vectors of tokens]."""
         vectors = TOKENS // self.machine.lanes

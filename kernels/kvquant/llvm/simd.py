@@ -30,12 +30,22 @@ def local(shape: Sequence[int], dtype: str = "float32") -> Any:
 
 
 def load(buffer: Any, *index: Expr, lanes: int) -> Expr:
-    return T.Bind(buffer.vload(list(map(integer, index)), f"{buffer.dtype}x{lanes}"))
+    dtype = f"{buffer.dtype}x{lanes}" if lanes > 1 else buffer.dtype
+    return T.Bind(buffer.vload(list(map(integer, index)), dtype))
 
 
 def store(buffer: Any, value: Expr, *index: Expr, lanes: int) -> None:
     *outer, last = map(integer, index)
     T.buffer_store(buffer, value, [*outer, T.ramp(last, integer(1), lanes)])
+
+
+def gather(buffer: Any, index: Sequence[Expr], last: Expr, lanes: int) -> Expr:
+    """Elements at a vector of last indices (int32)."""
+    places, found = local((lanes,), "int32"), local((lanes,), buffer.dtype)
+    store(places, last, 0, lanes=lanes)
+    for lane in range(lanes):
+        put(found, get(buffer, *index, T.Cast("int64", get(places, lane))), lane)
+    return load(found, 0, lanes=lanes)
 
 
 def put(buffer: Any, value: Expr, *index: Expr) -> None:

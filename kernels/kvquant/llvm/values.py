@@ -16,7 +16,6 @@ from tvm.script.ir_builder import tirx as T
 from regraft.kernels.kvquant.llvm.simd import (
     X86,
     Expr,
-    Floats,
     Registers,
     fill,
     get,
