@@ -5,9 +5,11 @@ from typing import ClassVar
 
 import torch
 
-from regraft.kernels.kvquant.reference import BITS, CODEBOOKS
+from regraft.kernels.kvquant.codebook import BITS
 from regraft.passes.base import Context, Pass, PassResult
 from regraft.program import LayerState, Program, RegraftError
+
+CODEBOOKS = ("lloyd_max", "normal_float")
 
 
 @dataclass(frozen=True)

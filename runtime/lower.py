@@ -14,7 +14,9 @@ from regraft.kernels.linear.reference import linear
 from regraft.kernels.ops import causal_mask
 from regraft.program import CacheSpec, LayerState, Program, RegraftError
 from regraft.program.serialize import submodule
-from regraft.runtime.cache import CacheState, DenseLayer, QuantizedLayer, RotationTable
+from regraft.runtime.buffer import RotationTable
+from regraft.runtime.cache import CacheState, DenseLayer
+from regraft.runtime.quantized import QuantizedLayer
 from regraft.runtime.recurrent import RecurrentStates
 from regraft.runtime.regions import Region, is_decode
 
@@ -204,4 +206,6 @@ def new_cache(spec: CacheSpec) -> CacheState:
 
 
 def _layer(state: LayerState) -> DenseLayer | QuantizedLayer:
-    return DenseLayer() if state.format == "dense" else QuantizedLayer(**dict(state.settings))
+    if state.format == "dense":
+        return DenseLayer()
+    return QuantizedLayer.data_free(**dict(state.settings))

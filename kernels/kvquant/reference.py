@@ -1,130 +1,224 @@
-"""Codebook quantization of cached keys and values."""
+"""Quantized keys and values of one layer: the specification of its append and attend."""
 
 from __future__ import annotations
 
-from functools import cache, partial
+import math
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-CPU = torch.device("cpu")
-BITS = (2, 3, 4, 8)
-CODEBOOKS = ("lloyd_max", "normal_float")
-LLOYD_MAX = {
-    2: (0.1977, 0.6622),
-    3: (0.1025, 0.3160, 0.5595, 0.8810),
-    4: (0.0505, 0.1525, 0.2575, 0.3678, 0.4868, 0.6195, 0.7744, 0.9690),
-}
-"""Positive halves of the levels of least squared error for 64 normal samples scaled to [-1, 1]."""
+from regraft.kernels.kvquant.layout import BLOCK, unpack, unpack_table
+from regraft.kernels.rotary.reference import rotate
 
 
-@cache
-def codebook(name: str, bits: int, device: torch.device = CPU) -> Tensor:
-    """Ascending float32 levels [2**bits] in [-1, 1]: one of CODEBOOKS below 8 bits, else uniform.
+class Levels(Protocol):
+    """A codebook: code = number of midpoints below the value, read as levels[code] * unit.
 
-    lloyd_max: see LLOYD_MAX. normal_float: the quantiles of a normal with an exact zero and both
-    ends, of QLoRA (Dettmers et al., 2023, arXiv 2305.14314); 4 bits give NF4.
+    midpoints float32 [L - 1] ascending; levels int8 [L] ascending, L <= 2**bits.
     """
-    _check(bits)
-    if name not in CODEBOOKS:
-        raise ValueError(f"codebook must be one of {CODEBOOKS}, got {name!r}")
-    if bits == 8:
-        return torch.linspace(-1, 1, 256, device=device)
-    if name == "lloyd_max":
-        half = torch.tensor(LLOYD_MAX[bits], device=device)
-        return torch.cat((-half.flip(0), half))
-    wide = 2 ** (bits + 1)
-    top = 1 - 0.5 * (1 / wide + 1 / (wide - 2))
-    middle = 2 ** (bits - 1)
-    grid = partial(torch.linspace, dtype=torch.float64, device=CPU)
-    positive = torch.special.ndtri(grid(0.5, top, middle + 1))
-    negative = -torch.special.ndtri(grid(top, 0.5, middle))
-    levels = torch.cat((negative[:-1], positive))
-    return (levels / positive[-1]).to(device, torch.float32)
+
+    midpoints: Tensor
+    levels: Tensor
+    unit: float
 
 
-def pack(codes: Tensor, bits: int) -> Tensor:
-    """Pack uint8 codes [..., n] below 2**bits into uint8 [..., n * bits // 8]; 8 divides n."""
-    _check(bits)
-    if codes.shape[-1] % 8:
-        raise ValueError(f"pack needs a multiple of 8 codes, got {codes.shape[-1]}")
-    if bits == 8:
-        return codes
-    if bits == 3:
-        words = (codes.unflatten(-1, (-1, 8)).int() << _shifts(8, 3, codes)).sum(-1)
-        return ((words.unsqueeze(-1) >> _shifts(3, 8, codes)) & 255).to(torch.uint8).flatten(-2)
-    per = 8 // bits
-    shifted = codes.unflatten(-1, (-1, per)) << _shifts(per, bits, codes).to(torch.uint8)
-    return shifted.sum(-1, dtype=torch.uint8)
+@dataclass
+class Packed:
+    """Keys or values [B, H, 32 * N, D] in blocks of 32 tokens; tensors may have room for more.
 
-
-def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
-    """Unpack uint8 [..., n * bits // 8] into uint8 codes [..., n]."""
-    _check(bits)
-    if packed.shape[-1] * 8 != n * bits:
-        raise ValueError(f"{n} codes of {bits} bits do not fit {packed.shape[-1]} bytes")
-    if bits == 8:
-        return packed
-    if bits == 3:
-        words = (packed.unflatten(-1, (-1, 3)).int() << _shifts(3, 8, packed)).sum(-1)
-        return ((words.unsqueeze(-1) >> _shifts(8, 3, packed)) & 7).to(torch.uint8).flatten(-2)
-    shifts = _shifts(8 // bits, bits, packed).to(torch.uint8)
-    return ((packed.unsqueeze(-1) >> shifts) & (2**bits - 1)).flatten(-2)
-
-
-def quantize(
-    x: Tensor,
-    levels: Tensor,
-    dim: int | tuple[int, ...],
-    scale_dtype: torch.dtype = torch.float16,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes (uint8, shape of x), scale and zero (size 1 along dim) of x.
-
-    Codes are nearest to x under the scale and zero as rounded to scale_dtype.
+    codes: uint8 [B, H, N, 32 * D * bits / 8]. A value reads as scale * unit * levels[code] + zero.
+    scale, zero: float16, of keys [B or 1, H, groups, D], of values [B, N, 32] for all heads.
+    outliers: int32 [B, N, 32 * c], token << 24 | channel << 16 | float16 residual, by head;
+    offsets: int32 [B, N, H + 1], where each head's begin and the last one's end. None without.
     """
-    x = x.float()
-    low, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
-    limit = torch.finfo(scale_dtype).max
-    zero = ((high + low) / 2).clamp(-limit, limit).to(scale_dtype)
-    scale = ((high - low) / 2).clamp(max=limit).to(scale_dtype)
-    divisor = torch.where(scale == 0, 1.0, scale.float())
-    midpoints = (levels[1:] + levels[:-1]) / 2
-    codes = torch.bucketize((x - zero.float()) / divisor, midpoints)
-    return codes.to(torch.uint8), scale, zero
+
+    kind: str
+    bits: int
+    size: int
+    layout: str
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+    levels: Tensor
+    unit: float
+    outliers: Tensor | None = None
+    offsets: Tensor | None = None
 
 
-def dequantize(codes: Tensor, scale: Tensor, zero: Tensor, levels: Tensor) -> Tensor:
-    """Float32 values of codes; scale and zero broadcast against them."""
-    return levels[codes.int()] * scale.float() + zero.float()
+@dataclass
+class Body:
+    """The quantized tokens of a layer. A row of the keys' scales serves ``group`` tokens, all of
+    them where it is 0; table holds their rotations (see ``pack_table``), None for none."""
+
+    key: Packed
+    value: Packed
+    blocks: int
+    group: int = 0
+    table: Tensor | None = None
 
 
-@cache
-def word_table(name: str, bits: int, device: torch.device = CPU) -> Tensor:
-    """Levels of every packed word: [256] for bytes; [4096] for the 12-bit words of 3-bit codes.
+def cap(share: float, size: int) -> int:
+    """Outliers of a token with ``size`` channels in all heads."""
+    return min(math.ceil(share * size - 1e-9), size)
 
-    An element is one float32, or the complex64 or complex128 whose bytes are 2 or 4 of them.
+
+def ranges(x: Tensor, dim: int | tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """float16 scale and zero of x, size 1 along dim."""
+    return _scale_and_zero(x.amin(dim, keepdim=True), x.amax(dim, keepdim=True))
+
+
+def encode(
+    x: Tensor, scale: Tensor, zero: Tensor, book: Levels, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """Codes (uint8) of x, and what they read as, in dtype; scale and zero broadcast against x."""
+    scale, zero = scale.float(), zero.float()
+    y = (x.float() - zero) / torch.where(scale == 0, 1.0, scale)
+    codes = torch.bucketize(y, book.midpoints)
+    levels = book.levels.to(dtype) * book.unit
+    return codes.to(torch.uint8), levels[codes] * scale.to(dtype) + zero.to(dtype)
+
+
+def quantize_keys(
+    k: Tensor, scale: Tensor, zero: Tensor, book: Levels, count: int = 0
+) -> tuple[Tensor, Tensor | None]:
+    """Codes [B, H, T, D] of keys, and the residuals of at most ``count`` outliers a token.
+
+    scale, zero: float16 [1 or B, H, 1 or T, D]. Outliers are furthest outside zero +- scale.
+    The residuals are float16 [B, H, T, D], zero elsewhere; None where count is 0.
     """
-    count = {8: 1, 4: 2, 3: 4, 2: 4}[bits]
-    words = torch.arange(2 ** (bits * count), device=device).unsqueeze(1)
-    codes = (words >> _shifts(count, bits, words)) & (2**bits - 1)
-    values = codebook(name, bits, device)[codes]
-    return values.view({1: torch.float32, 2: torch.complex64, 4: torch.complex128}[count])[:, 0]
+    codes, read = encode(k, scale, zero, book)
+    if not count:
+        return codes, None
+    distance = (k.float() - zero.float()).abs()
+    beyond = distance / torch.where(scale == 0, 1.0, scale.float())
+    beyond = torch.where(distance > scale, beyond, 0.0).transpose(1, 2).flatten(2)
+    largest, index = beyond.topk(count, -1)
+    chosen = torch.zeros_like(beyond, dtype=torch.bool).scatter(-1, index, largest > 0)
+    chosen = chosen.unflatten(2, (k.shape[1], -1)).transpose(1, 2)
+    return codes, _residual(k, read, chosen)
 
 
-def look_up(packed: Tensor, table: Tensor) -> Tensor:
-    """Float32 levels [..., n] of codes packed in uint8 [..., n * bits // 8], by a word_table."""
-    words = packed.int()
-    if len(table) == 4096:
-        a, b, c = words.unflatten(-1, (-1, 3)).unbind(-1)
-        words = torch.stack((a | (b & 15) << 8, b >> 4 | c << 4), -1)
-    values = table.index_select(0, words.flatten()).view(torch.float32)
-    return values.view(*packed.shape[:-1], -1)
+def quantize_values(
+    v: Tensor, book: Levels, count: int = 0
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Codes [B, H, T, D], scale and zero [B, T] and residuals [B, H, T, D] of values.
+
+    The ``count`` largest and smallest of a token, half of each, are its outliers; the next ones
+    its range.
+    """
+    flat = v.float().transpose(1, 2).flatten(2)
+    high, low = count - count // 2, count // 2
+    top, bottom = flat.topk(min(high + 1, flat.shape[-1]), -1), flat.topk(low + 1, -1, False)
+    whole = count == flat.shape[-1]
+    maximum = torch.zeros_like(top[0][..., -1]) if whole else top[0][..., -1]
+    minimum = maximum if whole else bottom[0][..., -1]
+    scale, zero = _scale_and_zero(minimum, maximum)
+    codes, read = encode(v, scale[:, None, :, None], zero[:, None, :, None], book)
+    if not count:
+        return codes, scale, zero, None
+    chosen = torch.zeros_like(flat, dtype=torch.bool)
+    chosen.scatter_(-1, top[1][..., :high], True).scatter_(-1, bottom[1][..., :low], True)
+    chosen = chosen.unflatten(2, (v.shape[1], -1)).transpose(1, 2)
+    return codes, scale, zero, _residual(v, read, chosen)
 
 
-def _shifts(count: int, step: int, like: Tensor) -> Tensor:
-    return torch.arange(0, count * step, step, dtype=torch.int32, device=like.device)
+def pack_outliers(residual: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Entries int32 [B, N, 32 * count] and offsets int32 [B, N, H + 1] of residuals
+    [B, H, 32 * N, D] with at most ``count`` nonzero a token."""
+    batch, heads, length, size = residual.shape
+    blocks = residual.unflatten(2, (-1, BLOCK)).transpose(1, 2).flatten(0, 1)
+    row, head, token, channel = blocks.nonzero(as_tuple=True)
+    bits = blocks[row, head, token, channel].half().view(torch.int16).int() & 0xFFFF
+    counts = blocks.new_zeros(len(blocks), heads + 1, dtype=torch.int64)
+    counts.index_put_((row, head + 1), torch.ones_like(row), accumulate=True)
+    offsets = counts.cumsum(1)
+    starts = counts.sum(1).cumsum(0) - counts.sum(1)
+    place = torch.arange(len(row), device=row.device) - starts[row]
+    entries = blocks.new_zeros(len(blocks), BLOCK * count, dtype=torch.int32)
+    entries[row, place] = token.int() << 24 | channel.int() << 16 | bits
+    shape = (batch, length // BLOCK, -1)
+    return entries.view(shape), offsets.int().view(shape)
 
 
-def _check(bits: int) -> None:
-    if bits not in BITS:
-        raise ValueError(f"bits must be one of {BITS}, got {bits}")
+def unpack_outliers(packed: Packed, blocks: int) -> Tensor:
+    """float32 residuals [B, H, 32 * blocks, D]."""
+    assert packed.outliers is not None and packed.offsets is not None
+    entries, offsets = packed.outliers[:, :blocks], packed.offsets[:, :blocks]
+    batch, _, places = entries.shape
+    heads = offsets.shape[-1] - 1
+    index = torch.arange(places, device=entries.device).expand(entries.shape).contiguous()
+    head = torch.searchsorted(offsets[..., 1:].long().contiguous(), index, right=True)
+    used = head < heads
+    token, channel = entries >> 24, entries >> 16 & 255
+    value = (entries & 0xFFFF).to(torch.int16).view(torch.float16).float()
+    out = value.new_zeros(batch, blocks, heads, BLOCK, packed.size)
+    row = torch.arange(batch * blocks, device=entries.device).view(batch, blocks, 1)
+    place = ((row * heads + head) * BLOCK + token) * packed.size + channel
+    out.view(-1)[place[used]] = value[used]
+    return out.transpose(1, 2).flatten(2, 3)
+
+
+def dequantize(body: Body, kind: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Keys, not rotated, or values [B, H, 32 * N, D] as they read."""
+    packed = body.key if kind == "key" else body.value
+    codes = unpack(packed.codes[:, :, : body.blocks], packed.bits, packed.size, kind, packed.layout)
+    levels = packed.levels.to(dtype) * packed.unit
+    out = levels[codes.flatten(2, 3).int()]
+    scale, zero = packed.scale, packed.zero
+    if kind == "value":
+        scale, zero = (x[:, : body.blocks].flatten(1)[:, None, :, None] for x in (scale, zero))
+    elif body.group:
+        length = out.shape[2]
+        scale, zero = (x.repeat_interleave(body.group, 2)[:, :, :length] for x in (scale, zero))
+    out = out * scale.to(dtype) + zero.to(dtype)
+    return out if packed.outliers is None else out + unpack_outliers(packed, body.blocks).to(dtype)
+
+
+def attend(
+    q: Tensor,
+    body: Body,
+    exact_key: Tensor,
+    exact_value: Tensor,
+    exact_mask: Tensor,
+    first: Tensor,
+    sinks: Tensor,
+    scale: float,
+    softcap: float = 0.0,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Attend rotated q [B, Hq, S, D] to the body and to exact tokens; out [B, Hq, S, Dv].
+
+    exact_key, exact_value: rotated [B, H, E, D], [B, H, E, Dv]; exact_mask: float32 [B, S, E],
+    added. Query s of row b sees the body tokens from first[b, s] (int32 [B, S]) on.
+    sinks: float32 [Hq], an extra column of the softmax, -inf for none. Computed in dtype.
+    """
+    groups = q.shape[1] // exact_key.shape[1]
+    keys, values = dequantize(body, "key", dtype), dequantize(body, "value", dtype)
+    if body.table is not None:
+        cos, sin = unpack_table(body.table[:, : body.blocks], body.key.layout)
+        keys = rotate(keys, cos.to(dtype), sin.to(dtype))
+    keys = torch.cat((keys, exact_key.to(dtype)), 2).repeat_interleave(groups, 1)
+    values = torch.cat((values, exact_value.to(dtype)), 2).repeat_interleave(groups, 1)
+    seen = torch.arange(body.blocks * BLOCK, device=q.device) >= first.unsqueeze(-1)
+    mask = torch.cat((torch.where(seen, 0.0, float("-inf")), exact_mask), -1).unsqueeze(1)
+    scores = q.to(dtype) @ keys.mT * scale
+    if softcap > 0:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores + mask.to(dtype)
+    column = sinks.to(dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+    weights = torch._safe_softmax(torch.cat((scores, column), -1), -1)[..., :-1]
+    return (weights @ values).to(q.dtype)
+
+
+def _scale_and_zero(minimum: Tensor, maximum: Tensor) -> tuple[Tensor, Tensor]:
+    limit = torch.finfo(torch.float16).max
+    zero = ((maximum.float() + minimum.float()) / 2).clamp(-limit, limit).half()
+    return ((maximum.float() - minimum.float()) / 2).clamp(max=limit).half(), zero
+
+
+def _residual(x: Tensor, read: Tensor, chosen: Tensor) -> Tensor:
+    limit = torch.finfo(torch.float16).max
+    residual = (x.float() - read).clamp(-limit, limit).half()
+    return torch.where(chosen, residual, torch.zeros_like(residual))

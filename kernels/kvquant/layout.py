@@ -1,0 +1,100 @@
+"""How the codes of a block of 32 tokens lie in memory, for each target's kernels."""
+
+from __future__ import annotations
+
+from functools import cache, partial
+
+import torch
+from torch import Tensor
+
+BITS = (2, 3, 4, 8)
+BLOCK = 32
+LAYOUTS = ("llvm", "cuda")
+PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
+"""3-bit codes are stored as a plane of their two low bits followed by a plane of their high bit."""
+
+
+def pack(codes: Tensor, bits: int, kind: str, layout: str) -> Tensor:
+    """Pack uint8 codes [..., 32, D] below 2**bits into uint8 [..., 32 * D * bits / 8].
+
+    kind "key": channels go in pairs (p, p + D/2), those that a rotation turns together. "llvm" has
+    a row of 32 tokens for each byte of a token, "cuda" the bytes of one token after the other.
+    kind "value": "llvm" has 16-bit words [token group, channel, token parity], whose codes are
+    every other token; "cuda" has the operands of a warp's mma.m16n8k16, lane by lane.
+    ValueError for a head size that is not a multiple of 8 (16 for values on cuda).
+    """
+    flat = codes.flatten(-2)
+    planes, low = [], 0
+    for width in PLANES[bits]:
+        order = _order(kind, width, codes.shape[-1], layout, codes.device)
+        part = (flat >> low & 2**width - 1)[..., order].unflatten(-1, (-1, 8 // width))
+        planes.append((part << _shifts(width, codes.device)).sum(-1, dtype=torch.uint8))
+        low += width
+    return torch.cat(planes, -1)
+
+
+def unpack(packed: Tensor, bits: int, size: int, kind: str, layout: str) -> Tensor:
+    """The codes [..., 32, size] that ``pack`` was given."""
+    codes, low = None, 0
+    lengths = [BLOCK * size * width // 8 for width in PLANES[bits]]
+    for width, plane in zip(PLANES[bits], packed.split(lengths, -1), strict=True):
+        part = plane.unsqueeze(-1) >> _shifts(width, packed.device) & 2**width - 1
+        places = _places(kind, width, size, layout, packed.device)
+        part = part.flatten(-2)[..., places] << low
+        codes = part if codes is None else codes | part
+        low += width
+    assert codes is not None
+    return codes.unflatten(-1, (BLOCK, size))
+
+
+def pack_table(cos: Tensor, sin: Tensor, layout: str) -> Tensor:
+    """Rotations [B, 32 * N, D/2] of body tokens as the kernels read them, one block a row.
+
+    "llvm": int16 of 14 fractional bits [B, N, D/2 * 2 * 32] (pair, cos or sin, token).
+    "cuda": float16 [B, N, 32 * D/2 * 2] (token, pair, cos or sin).
+    """
+    table = torch.stack((cos, sin), -1).unflatten(1, (-1, BLOCK))
+    if layout == "cuda":
+        return table.half().flatten(2)
+    return (table.float() * 2**14).round().to(torch.int16).permute(0, 1, 3, 4, 2).flatten(2)
+
+
+def unpack_table(table: Tensor, layout: str) -> tuple[Tensor, Tensor]:
+    """float32 cosines and sines [B, 32 * N, D/2] of a packed table."""
+    if layout == "cuda":
+        parts = table.float().unflatten(2, (BLOCK, -1, 2))
+    else:
+        parts = (table.float() / 2**14).unflatten(2, (-1, 2, BLOCK)).permute(0, 1, 4, 2, 3)
+    cos, sin = parts.flatten(1, 2).unbind(-1)
+    return cos, sin
+
+
+@cache
+def _order(kind: str, width: int, size: int, layout: str, device: torch.device) -> Tensor:
+    """Which of the 32 * size codes, token by token, lies in each place."""
+    if size % (16 if (kind, layout) == ("value", "cuda") else 8):
+        raise ValueError(f"a head of {size} channels cannot be packed for {layout}")
+    slots = torch.arange(BLOCK * size, device=device).view(BLOCK, size)
+    if kind == "key":
+        pairs = slots.unflatten(1, (2, -1)).mT.flatten(1)
+        if layout == "llvm":
+            pairs = pairs.unflatten(1, (-1, 8 // width)).transpose(0, 1)
+        return pairs.flatten()
+    if layout == "llvm":
+        return slots.view(-1, 16 // width, 2, size).permute(0, 3, 2, 1).flatten()
+    chunk = 2 if size % 32 else 4
+    return slots.view(4, 4, 2, -1, chunk, 8).permute(3, 5, 1, 4, 0, 2).flatten()
+
+
+@cache
+def _places(kind: str, width: int, size: int, layout: str, device: torch.device) -> Tensor:
+    return _order(kind, width, size, layout, device).argsort()
+
+
+@cache
+def _shifts(width: int, device: torch.device) -> Tensor:
+    return torch.arange(0, 8, width, dtype=torch.uint8, device=device)
+
+
+pack_keys, pack_values = partial(pack, kind="key"), partial(pack, kind="value")
+unpack_keys, unpack_values = partial(unpack, kind="key"), partial(unpack, kind="value")
