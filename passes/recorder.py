@@ -51,17 +51,12 @@ class Runner(fx.Interpreter):
             "position_ids": places.expand(batch, -1),
             "logits_to_keep": places if keep is None else keep,
         }
-        sizes = {"batch_size": batch, "past_sequence_length": 0}
-        inputs = []
+        sizes: dict[Any, Any] = {"batch_size": batch, "past_sequence_length": 0}
         for spec in self.program.inputs:
-            shape = [sizes.get(n, n) for n in spec.shape]
-            empty = spec.name not in known
-            inputs.append(
-                torch.zeros(shape, dtype=spec.dtype, device=ids.device)
-                if empty
-                else known[spec.name]
-            )
-        return self.run(*inputs)[0]
+            if spec.name not in known:
+                shape = [sizes.get(n, n) for n in spec.shape]
+                known[spec.name] = torch.zeros(shape, dtype=spec.dtype, device=ids.device)
+        return self.run(*(known[spec.name] for spec in self.program.inputs))[0]
 
 
 def _mask(_padding: Any, queries: int, keys: int, offset: int, window: int, batch: int) -> Any:

@@ -48,7 +48,7 @@ def pair(request):
 def bart():
     torch.manual_seed(0)
     model = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("bart", **BART)).eval()
-    return model, regraft.compile(model, [regraft.KVQuant(bits=8, tail=16, group=16)])
+    return model, regraft.compile(model, [regraft.KVQuant(bits=8, tail=16, group=32)])
 
 
 def inputs(model):
