@@ -31,7 +31,10 @@ class _Pipeline:
     calibration: Sequence[Any]
     target: str
     dump_dir: str | Path | None
-    stage: Callable[[str], None]
+    stage: Callable[..., None]
+
+    def tell(self, what: str) -> None:
+        self.stage(f"passes, {what}", advance=0)
 
     def steps(self, default: Sequence[Pass]) -> list[Pass]:
         return [*default, *self.asked, *(() if self.target == "reference" else FINAL)]
@@ -44,7 +47,7 @@ class _Pipeline:
         for name, program, default in parts:
             folder = Path(self.dump_dir) / name if self.dump_dir is not None else None
             required = self.asked if len(parts) == 1 else ()
-            context = Context(self.calibration)
+            context = Context(self.calibration, self.tell)
             steps = self.steps(default)
             rows = run(program, steps, context, required=required, dump_dir=folder).rows
             for index in range(len(matches)):
@@ -102,7 +105,7 @@ def compile(
 
 
 @contextmanager
-def _progress(name: str) -> Iterator[Callable[[str], None]]:
+def _progress(name: str) -> Iterator[Callable[..., None]]:
     """A bar on a terminal, gone at the end: capture, passes, regions."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
@@ -110,8 +113,8 @@ def _progress(name: str) -> Iterator[Callable[[str], None]]:
     with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
         task = bar.add_task(f"compiling {name}", total=4)
 
-        def stage(what: str) -> None:
-            bar.update(task, advance=1, description=f"compiling {name}: {what}")
+        def stage(what: str, advance: int = 1) -> None:
+            bar.update(task, advance=advance, description=f"compiling {name}: {what}")
 
         yield stage
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,10 +25,12 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class LayerState:
-    """How the runtime keeps one attention layer: ``format`` is "dense" or "kvquant"."""
+    """How the runtime keeps one attention layer: ``format`` is "dense" or "kvquant"; tensors are
+    what was calibrated for it."""
 
     format: str = "dense"
     settings: tuple[tuple[str, Any], ...] = ()
+    tensors: Mapping[str, torch.Tensor] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)
