@@ -46,7 +46,7 @@ class _Row:
 
     def run(self) -> None:
         a, out_size = self.a, self.shape.value_size
-        sink = T.Bind(get(a.sinks, self.head, self.group))
+        sink = T.Bind(get(a.sinks, self.head * a.group_size + self.group))
         put(self.top, T.max(sink, T.float32(NEVER)), 0)
         put(self.share, T.Select(sink > T.float32(NEVER), T.float32(1), T.float32(0)), 0)
         with loop(out_size // LANES) as i:

@@ -93,6 +93,11 @@ def repeat(vector: Expr, lanes: int, times: int) -> Expr:
     return vector if times == 1 else shuffle([vector] * times, [*range(lanes)] * times)
 
 
+def turn(pair: Expr, side: int, token: Expr) -> Expr:
+    """Where a block's rotations hold the cosine (side 0) or sine (1) of a pair and token."""
+    return (pair * 2 + side) * 32 + token
+
+
 class Floats:
     """Float32 vectors of one length."""
 
