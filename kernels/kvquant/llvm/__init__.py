@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from regraft.kernels.compiled import LEVELS, KernelError, cpu_level, kernel
-from regraft.kernels.kvquant.reference import Body
+from regraft.kernels.kvquant.reference import Body, Packed
 
 SIZES = (64, 80, 96, 128, 256)
 SHAPES = 8
@@ -90,6 +90,50 @@ def attend(
                   key.outliers is not None),
     )  # fmt: skip
     return out.to(q.dtype)
+
+
+def append(
+    x: Tensor,
+    packed: Packed,
+    midpoints: Tensor,
+    start: int,
+    group: int = 0,
+    level: str | None = None,
+) -> None:
+    """Quantise whole blocks of x [B, H, 32 * n, D] into ``packed``, from its block start on.
+
+    x: float32, bfloat16 or float16, keys not rotated; midpoints: float32 [2**bits - 1] of the
+    codebook. The scales and zeros of keys are read, those of values written; a row of the keys'
+    serves ``group`` tokens, all of them where it is 0. Raises KernelError as ``attend`` does.
+    """
+    count = 0 if packed.outliers is None else packed.outliers.shape[2] // 32
+    function = _append_kernel(
+        level or cpu_level(), packed.kind, x.shape[1], packed.size, packed.bits, count, x.dtype
+    )
+    if x.dtype == torch.bfloat16:
+        x = x.view(torch.uint16)
+    blocks = x.shape[2] // 32
+    outliers = () if packed.outliers is None else (packed.outliers, packed.offsets)
+    function(
+        *(x, blocks, start, group // 32 or 1 << 40, packed.unit, packed.levels, midpoints),
+        *(packed.codes, packed.scale, packed.zero, *outliers),
+    )
+
+
+@cache
+def _append_kernel(
+    level: str, kind: str, heads: int, size: int, bits: int, count: int, dtype: torch.dtype
+) -> Any:
+    if size not in SIZES or bits not in (2, 3, 4) or not count < heads * size - 1:
+        raise KernelError(f"no CPU kernel packs {count} outliers, heads of {size}, {bits} bits")
+    key = (kind, heads, size, bits, count, str(dtype).removeprefix("torch."))
+
+    def make() -> Any:
+        from regraft.kernels.kvquant.llvm.append import Side, make
+
+        return make(Side(*key))
+
+    return kernel("append", make, LEVELS[level], key)
 
 
 def _scratch(

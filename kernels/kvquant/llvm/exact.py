@@ -11,9 +11,9 @@ from regraft.kernels.kvquant.llvm.simd import (
     Floats,
     Registers,
     divided,
-    fill,
     get,
     load,
+    load_float,
     local,
     loop,
     opaque,
@@ -124,9 +124,4 @@ class _Row:
                 store(self.total, sums[v], at, lanes=LANES)
 
     def _exact(self, tensor: Any, token: Expr, at: Expr) -> Expr:
-        """float32 of a vector; bfloat16 comes as its bits."""
-        x = load(tensor, self.b, self.head, token, at, lanes=LANES)
-        if tensor.dtype == "uint16":
-            wide = T.shift_left(T.Cast(f"uint32x{LANES}", x), fill(16, "uint32", LANES))
-            return T.Bind(T.reinterpret(FLOATS.dtype, wide))
-        return T.Bind(T.Cast(FLOATS.dtype, x))
+        return load_float(tensor, self.b, self.head, token, at, lanes=LANES)

@@ -8,6 +8,7 @@ from typing import Any
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
+from regraft.kernels.kvquant.llvm import simd
 from regraft.kernels.kvquant.llvm.exact import combine
 from regraft.kernels.kvquant.llvm.keys import FixedKeys
 from regraft.kernels.kvquant.llvm.outliers import Outliers
@@ -106,15 +107,7 @@ def _arguments(shape: Shape) -> Any:
     heads, size, out_size = shape.heads, shape.key_size, shape.value_size
 
     def tensor(name: str, dims: tuple[Any, ...], dtype: str) -> None:
-        dims = tuple(T.int64(d) if isinstance(d, int) else d for d in dims)
-        buffer = T.match_buffer(T.arg(name, T.handle()), dims, dtype, align=1)
-        setattr(a, name, buffer)
-
-    def strided(name: str, dims: tuple[Any, ...], dtype: str) -> None:
-        dims = tuple(T.int64(d) if isinstance(d, int) else d for d in dims)
-        strides = [*(T.int64() for _ in dims[1:]), T.int64(1)]
-        handle = T.arg(name, T.handle())
-        setattr(a, name, T.match_buffer(handle, dims, dtype, strides=strides, align=1))
+        setattr(a, name, simd.tensor(name, dims, dtype))
 
     def scalar(name: str, dtype: str) -> None:
         setattr(a, name, T.arg(name, getattr(T, dtype)()))
@@ -141,9 +134,8 @@ def _arguments(shape: Shape) -> Any:
         if getattr(shape, f"{side}_outliers"):
             tensor(f"{side}_outliers", (batch, T.int64(), words), "int32")
             tensor(f"{side}_offsets", (batch, T.int64(), heads + 1), "int32")
-    exact_dtype = {"bfloat16": "uint16"}.get(shape.exact_dtype, shape.exact_dtype)
-    strided("exact_key", (batch, heads, exact, size), exact_dtype)
-    strided("exact_value", (batch, heads, exact, out_size), exact_dtype)
+    for name, width in (("exact_key", size), ("exact_value", out_size)):
+        setattr(a, name, simd.strided(name, (batch, heads, exact, width), shape.exact_dtype))
     tensor("exact_mask", (batch, queries, exact), "float32")
     tensor("sinks", (query_heads,), "float32")
     tensor("sums", (batch, splits, heads, padded, out_size), "float32")
