@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from regraft.kernels.kvquant.layout import BLOCK, pack_table
 
 
 class Buffer:
@@ -58,11 +63,13 @@ class Buffer:
         old.narrow(-2, self.length, x.shape[-2]).copy_(x)
         self.length = needed
 
-    def drop_front(self, count: int) -> None:
-        """Remove the first count rows and shrink the allocation."""
-        rest = self.view.narrow(-2, count, self.length - count)
+    def drop(self, start: int, count: int) -> None:
+        """Remove count rows from start on and shrink the allocation."""
+        first, last = self.view[..., :start, :], self.view[..., start + count :, :]
+        rest = torch.cat((first, last), -2)
         self.reset()
-        self.append(rest)
+        if rest.shape[-2]:
+            self.append(rest)
 
     def truncate(self, length: int) -> None:
         check_length(length, self.length)
@@ -82,67 +89,84 @@ class Buffer:
 class RotationTable:
     """Cosines and sines [B or 1, length, r/2] of every cached position.
 
-    Positions whose keys are all quantized settle to float16; the others stay exact.
+    Rows whose keys are quantized are packed for the kernels; those before them are not kept.
     """
 
     def __init__(self) -> None:
-        self._settled = [Buffer(64, 1.0) for _ in range(2)]
-        self._exact = [Buffer() for _ in range(2)]
+        self._exact = Buffer(), Buffer()
+        self._packed = Buffer(1, 1.0)
+        self._start, self._gone = 0, 0
+        self._last: Any = None, None
 
     @property
     def length(self) -> int:
-        return self._settled[0].length + self._exact[0].length
+        return self._gone + self._exact[0].length
 
     @property
     def nbytes(self) -> int:
-        return sum(buffer.nbytes for buffer in self._settled + self._exact)
+        return sum(buffer.nbytes for buffer in (*self._exact, self._packed))
 
-    def rows(self, start: int, stop: int | None = None) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [B or 1, stop - start, r/2] of positions start..stop-1.
+    @property
+    def pairs(self) -> int:
+        """Channel pairs that are rotated."""
+        return self._exact[0].view.shape[-1]
 
-        float16 where all of them have settled, else of the appended type.
+    def rows(self, start: int, stop: int, pairs: int | None = None) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [B or 1, stop - start, r/2 or pairs] of positions not packed away.
+
+        Pairs beyond those that are rotated have cosine 1.
         """
-        stop, edge = self.length if stop is None else stop, self._settled[0].length
-        if stop <= edge:
-            cos, sin = (buffer.view[:, start:stop] for buffer in self._settled)
-        elif start >= edge:
-            cos, sin = (buffer.view[:, start - edge : stop - edge] for buffer in self._exact)
-        else:
-            cos, sin = (
-                torch.cat((old.view[:, start:].to(new.view.dtype), new.view[:, : stop - edge]), 1)
-                for old, new in zip(self._settled, self._exact, strict=True)
-            )
-        return cos, sin
+        wanted = start, stop, pairs or self.pairs
+        if self._last[0] != wanted:
+            here = slice(start - self._gone, stop - self._gone)
+            cos, sin = (buffer.view[:, here] for buffer in self._exact)
+            if rest := wanted[2] - self.pairs:
+                cos, sin = F.pad(cos, (0, rest), value=1.0), F.pad(sin, (0, rest))
+            self._last = wanted, (cos, sin)
+        return self._last[1]
 
     def append(self, cos: Tensor, sin: Tensor) -> None:
         """Add the rows cos, sin [B or 1, S, r/2] of S new positions."""
+        packed = self._start + BLOCK * self._packed.length if self._packed.length else 0
         for buffer, x in zip(self._exact, (cos, sin), strict=True):
+            if packed > self._gone:
+                buffer.drop(0, packed - self._gone)
             buffer.append(x)
+        self._gone = max(packed, self._gone)
+        self._last = None, None
 
-    def settle(self, length: int) -> None:
-        """Keep the first length positions in float16 from now on."""
-        count = length - self._settled[0].length
-        if count > 0:
-            for settled, exact in zip(self._settled, self._exact, strict=True):
-                settled.append(exact.view[:, :count].half())
-                exact.drop_front(count)
+    def packed(self, start: int, blocks: int, pairs: int, layout: str) -> Tensor:
+        """The rows of ``blocks`` blocks of 32 positions from start on, see ``pack_table``.
+
+        Pairs that are not rotated have cosine 1. Rows are kept until the next append.
+        """
+        self._start = start
+        if (new := blocks - self._packed.length) > 0:
+            first = start + BLOCK * self._packed.length
+            rows = self.rows(first, first + BLOCK * new, pairs)
+            self._packed.append(pack_table(*rows, layout))
+        assert self._packed.data is not None
+        return self._packed.data
 
     def truncate(self, length: int) -> None:
         check_length(length, self.length)
-        edge = min(length, self._settled[0].length)
-        for settled, exact in zip(self._settled, self._exact, strict=True):
-            exact.truncate(max(length - settled.length, 0))
-            settled.truncate(edge)
+        if not length:
+            return self.reset()
+        for buffer in self._exact:
+            buffer.truncate(length - self._gone)
+        self._last = None, None
 
     def reorder(self, index: Tensor) -> None:
         """Select batch rows; a table shared by the batch (B = 1) stays shared."""
-        for buffer in self._settled + self._exact:
+        for buffer in (*self._exact, self._packed):
             if buffer.batch > 1:
                 buffer.reorder(index)
+        self._last = None, None
 
     def reset(self) -> None:
-        for buffer in self._settled + self._exact:
+        for buffer in (*self._exact, self._packed):
             buffer.reset()
+        self._gone, self._last = 0, (None, None)
 
 
 def check_length(length: int, current: int) -> None:

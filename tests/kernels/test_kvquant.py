@@ -1,116 +1,186 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from regraft.kernels.kvquant.grouped import (
-    CODEBOOKS,
-    codebook,
-    dequantize,
-    look_up,
+from regraft.kernels.attention.reference import attention
+from regraft.kernels.kvquant.codebook import fixed
+from regraft.kernels.kvquant.layout import (
+    LAYOUTS,
+    PLANES,
     pack,
-    quantize,
+    pack_table,
     unpack,
-    word_table,
+    unpack_table,
+)
+from regraft.kernels.kvquant.reference import (
+    Body,
+    Packed,
+    attend,
+    cap,
+    dequantize,
+    encode,
+    pack_outliers,
+    quantize_keys,
+    quantize_values,
+    ranges,
+    unpack_outliers,
 )
 from regraft.kernels.rotary.reference import rotate
 
-BITS = [2, 3, 4, 8]
+KINDS = ("key", "value")
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.sampled_from(BITS), st.integers(0, 3), st.integers(1, 9), st.integers(0, 2**31))
-def test_pack_round_trip(bits, rows, words, seed):
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def packed(kind, x, bits, share=0.0, layout="llvm", scale_by=1.0):
+    """Packed x [B, H, T, D]; keys between ranges over all tokens, narrowed by scale_by."""
+    book, count = fixed("uniform", bits), cap(share, x.shape[1] * x.shape[3])
+    if kind == "key":
+        scale, zero = ranges(x, (0, 2))
+        scale = (scale * scale_by).half()
+        codes, residual = quantize_keys(x, scale, zero, book, count)
+    else:
+        codes, scale, zero, residual = quantize_values(x, book, count)
+        scale, zero = (part.unflatten(1, (-1, 32)) for part in (scale, zero))
+    outliers = (None, None) if residual is None else pack_outliers(residual, count)
+    codes = pack(codes.unflatten(2, (-1, 32)), bits, kind, layout)
+    size = x.shape[3]
+    return Packed(kind, bits, size, layout, codes, scale, zero, book.levels, book.unit, *outliers)
+
+
+@given(
+    st.sampled_from(sorted(PLANES)),
+    st.sampled_from([16, 64, 80, 96, 128, 256]),
+    st.sampled_from(LAYOUTS),
+    st.sampled_from(KINDS),
+    st.integers(0, 2**31),
+)
+def test_unpack_undoes_pack(bits, size, layout, kind, seed):
     generator = torch.Generator().manual_seed(seed)
-    shape = (rows, 8 * words)
-    codes = torch.randint(0, 2**bits, shape, generator=generator, dtype=torch.uint8)
-    packed = pack(codes, bits)
-    assert packed.dtype == torch.uint8
-    assert packed.shape == (rows, words * bits)
-    assert torch.equal(unpack(packed, bits, 8 * words), codes)
+    codes = torch.randint(2**bits, (2, 1, 32, size), generator=generator, dtype=torch.uint8)
+    words = pack(codes, bits, kind, layout)
+    assert words.shape == (2, 1, 32 * size * bits // 8) and words.dtype == torch.uint8
+    assert torch.equal(unpack(words, bits, size, kind, layout), codes)
 
 
-def test_pack_rejects_odd_sizes():
-    with pytest.raises(ValueError, match="multiple of 8"):
-        pack(torch.zeros(7, dtype=torch.uint8), 4)
-    with pytest.raises(ValueError, match="bits"):
-        pack(torch.zeros(8, dtype=torch.uint8), 5)
+def test_places_of_four_bit_codes():
+    codes = torch.randint(16, (32, 128), dtype=torch.uint8)
+    pair = codes[5, 7] | codes[5, 71] << 4
+    assert pack(codes, 4, "key", "cuda").view(32, 64)[5, 7] == pair
+    assert pack(codes, 4, "key", "llvm").view(64, 32)[7, 5] == pair
+    word = int(pack(codes, 4, "value", "llvm").view(torch.int16).view(4, 128, 2)[1, 9, 1])
+    assert [word >> 4 * k & 15 for k in range(4)] == codes[9:17:2, 9].tolist()
+    word = int(pack(codes, 4, "value", "cuda").view(torch.int32).view(4, 32, 4)[2, 23, 1])
+    tokens = [8 * j + 6 + e for j in range(4) for e in range(2)]
+    assert [word >> 4 * i & 15 for i in range(8)] == codes[tokens, 77].tolist()
 
 
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("name", CODEBOOKS)
-def test_codebook_ascends_within_the_range(name, bits):
-    levels = codebook(name, bits)
-    assert levels.dtype == torch.float32 and levels.shape == (2**bits,)
-    assert (levels.diff() > 0).all() and levels.abs().max() <= 1
+@pytest.mark.parametrize(("kind", "layout", "size"), [("key", "llvm", 12), ("value", "cuda", 24)])
+def test_head_sizes_that_do_not_pack(kind, layout, size):
+    with pytest.raises(ValueError, match=f"head of {size} channels"):
+        pack(torch.zeros(32, size, dtype=torch.uint8), 4, kind, layout)
 
 
-def test_normal_float_is_nf4():
-    published = torch.tensor(
-        [-1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0]
-        + [0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1.0]
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rotation_table(layout):
+    cos, sin = random(2, 64, 8).clamp(-1, 1), random(2, 64, 8, seed=1).clamp(-1, 1)
+    for turn, found in zip(
+        (cos, sin), unpack_table(pack_table(cos, sin, layout), layout), strict=True
+    ):
+        torch.testing.assert_close(found, turn, atol=5e-4, rtol=0)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.2, 1.0])
+def test_outliers_come_back(share):
+    residual = random(2, 3, 64, 16)
+    count = cap(share, 48)
+    flat = residual.transpose(1, 2).flatten(2)
+    kept = torch.zeros_like(flat).scatter(-1, flat.abs().topk(count, -1)[1], 1.0)
+    residual = (flat * kept).unflatten(2, (3, 16)).transpose(1, 2).half()
+    entries, offsets = pack_outliers(residual, count)
+    assert entries.shape == (2, 2, 32 * count) and offsets.shape == (2, 2, 4)
+    assert (offsets[..., -1] == 32 * count).all()
+    like = packed("value", random(2, 3, 64, 16), 4)
+    like.outliers, like.offsets = entries, offsets
+    assert torch.equal(unpack_outliers(like, 2), residual.float())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_error_is_half_a_step(kind, bits):
+    x = random(2, 3, 64, 16) * random(1, 3, 1, 16, seed=1)
+    body = Body(packed("key", x, bits), packed("value", x, bits), 2)
+    scale = body.key.scale if kind == "key" else body.value.scale.flatten(1)[:, None, :, None]
+    step = scale.float() * 2 / (2**bits - 1)
+    slack = 1.02 * step / 2 + 0.01 * scale.float() + 1e-3
+    assert ((dequantize(body, kind) - x).abs() <= slack).all()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_all_outliers_are_the_identity(layout):
+    x = random(2, 3, 64, 16)
+    keys = packed("key", x, 2, 1.0, layout, scale_by=0.0)
+    body = Body(keys, packed("value", x, 2, 1.0, layout), 2)
+    for kind in KINDS:
+        torch.testing.assert_close(dequantize(body, kind), x, rtol=1e-3, atol=1e-3)
+
+
+def test_outliers_are_the_furthest_and_at_most_count():
+    k = random(1, 2, 32, 8)
+    k[0, 1, 3, 5], k[0, 0, 3, 2], k[0, 0, 3, 1] = 50.0, -40.0, 30.0
+    scale, zero = torch.full((1, 2, 1, 8), 3.5).half(), torch.zeros(1, 2, 1, 8).half()
+    _, residual = quantize_keys(k, scale, zero, fixed("uniform", 4), 2)
+    assert residual[0, 1, 3, 5] == 46.5 and residual[0, 0, 3, 2] == -36.5
+    assert residual[0, :, 3].count_nonzero() == 2
+    v = random(1, 2, 32, 8)
+    v[0, 0, 4, 0], v[0, 1, 4, 1], v[0, 1, 4, 2] = 90.0, 80.0, -70.0
+    _, scale, zero, residual = quantize_values(v, fixed("uniform", 4), 3)
+    assert scale[0, 4] < 4 and residual[0, :, 4].count_nonzero() == 3
+
+
+def test_constant_and_huge_values():
+    x = torch.full((1, 2, 32, 8), 3.25)
+    x[0, 0, :, 0] = 6e4
+    body = Body(packed("key", x, 2), packed("value", x, 2, 0.125), 1)
+    assert torch.equal(dequantize(body, "key"), x)
+    torch.testing.assert_close(dequantize(body, "value"), x, rtol=1e-3, atol=0.0)
+
+
+def test_encode_reads_levels_apart_from_midpoints():
+    book = SimpleNamespace(
+        midpoints=torch.tensor([0.0]),
+        levels=torch.tensor([-100, 50], dtype=torch.int8),
+        unit=0.01,
     )
-    torch.testing.assert_close(codebook("normal_float", 4), published, atol=1e-6, rtol=0)
-    with pytest.raises(ValueError, match="codebook must be one of"):
-        codebook("normal", 4)
+    one, zero = torch.ones(1).half(), torch.zeros(1).half()
+    codes, read = encode(torch.tensor([-0.1, 0.1]), one, zero, book)
+    assert codes.tolist() == [0, 1] and read.tolist() == [-1.0, 0.5]
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
-def test_lloyd_max_levels_are_the_means_of_their_cells(bits):
-    x = torch.randn(20000, 64, generator=torch.Generator().manual_seed(1))
-    half = (x.amax(1, keepdim=True) - x.amin(1, keepdim=True)) / 2
-    y = ((x - x.amin(1, keepdim=True)) / half - 1).flatten()
-    weight = half.square().expand_as(x).flatten()
-    levels = codebook("lloyd_max", bits)
-    cell = torch.bucketize(y, (levels[1:] + levels[:-1]) / 2)
-    zeros = torch.zeros_like(levels)
-    mean = zeros.index_add(0, cell, y * weight) / zeros.index_add(0, cell, weight)
-    torch.testing.assert_close(levels, mean, atol=2e-3, rtol=0)
-
-
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("dim", [1, 2, (0, 2)])
-def test_quantize_picks_the_nearest_level(bits, dim):
-    torch.manual_seed(0)
-    x = torch.randn(3, 64, 16) * 5 + 2
-    levels = codebook("lloyd_max", bits)
-    codes, scale, zero = quantize(x, levels, dim, torch.float16)
-    assert scale.dtype == zero.dtype == torch.float16
-    every = levels * scale.float().unsqueeze(-1) + zero.float().unsqueeze(-1)
-    best = (every - x.unsqueeze(-1)).abs().amin(-1)
-    error = (dequantize(codes, scale, zero, levels) - x).abs()
-    torch.testing.assert_close(error, best, atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("bits", BITS)
-def test_quantize_constant_and_huge(bits):
-    levels = codebook("lloyd_max", bits)
-    constant = torch.full((2, 8), 0.5)
-    assert torch.equal(dequantize(*quantize(constant, levels, 1), levels), constant)
-    huge = torch.tensor([[-1e6, 1e6] * 4])
-    assert dequantize(*quantize(huge, levels, 1), levels).isfinite().all()
-
-
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("name", CODEBOOKS)
-def test_look_up_equals_unpacking(name, bits):
-    codes = torch.randint(0, 2**bits, (2, 3, 24), dtype=torch.uint8)
-    values = look_up(pack(codes, bits), word_table(name, bits))
-    assert torch.equal(values, codebook(name, bits)[codes.int()])
-
-
-@pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize(("size", "offset"), [(16, 0), (8, 0), (8, 8), (6, 3)])
-@pytest.mark.parametrize("batch", [1, 2])
-def test_rotate_is_complex_multiplication(interleaved, size, offset, batch):
-    torch.manual_seed(1)
-    x = torch.randn(2, 3, 5, 16, dtype=torch.float64)
-    angle = torch.randn(batch, 5, size // 2, dtype=torch.float64)
-    out = rotate(x, angle.cos(), angle.sin(), interleaved, offset)
-    part = x[..., offset : offset + size]
-    pairs = part.unflatten(-1, (-1, 2)) if interleaved else part.unflatten(-1, (2, -1)).mT
-    turned = torch.view_as_complex(pairs.contiguous()) * torch.exp(1j * angle).unsqueeze(1)
-    turned = torch.view_as_real(turned)
-    expected = x.clone()
-    expected[..., offset : offset + size] = (turned if interleaved else turned.mT).flatten(-2)
-    torch.testing.assert_close(out, expected)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_attend_is_attention_over_what_is_read(layout, rows, groups):
+    k, v = random(2, 2, 96, 16), random(2, 2, 96, 16, seed=1)
+    exact_key, exact_value = random(2, 2, 5, 16, seed=2), random(2, 2, 5, 16, seed=3)
+    angle = random(1, 96, 8, seed=4)
+    table = pack_table(angle.cos(), angle.sin(), layout)
+    body = Body(
+        packed("key", k, 3, 0.05, layout, 0.7), packed("value", v, 2, 0.05, layout), 2, 0, table
+    )
+    q, sinks = random(2, 2 * groups, rows, 16, seed=5), random(2 * groups, seed=6)
+    first = torch.tensor([[0] * rows, [7] * rows], dtype=torch.int32)
+    exact_mask = torch.zeros(2, rows, 5)
+    exact_mask[1, :, 2] = float("-inf")
+    out = attend(q, body, exact_key, exact_value, exact_mask, first, sinks, 0.3)
+    cos, sin = (turn[:, :64] for turn in unpack_table(table, layout))
+    keys = torch.cat((rotate(dequantize(body, "key"), cos, sin), exact_key), 2)
+    values = torch.cat((dequantize(body, "value"), exact_value), 2)
+    mask = torch.ones(2, 1, rows, 69, dtype=torch.bool)
+    mask[1, :, :, :7], mask[1, :, :, 66] = False, False
+    torch.testing.assert_close(out, attention(q, keys, values, mask, 0.3, 0.0, sinks))

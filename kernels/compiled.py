@@ -1,0 +1,207 @@
+"""Kernels that TVM compiles at first use and that later processes load without TVM.
+
+A kernel is one shared library, found by what it was made from: in the folders of ``search_path``
+(those of loaded artefacts), then in the user's cache. Its last 32 bytes are the SHA-256 of the
+rest. Loading takes tvm_ffi alone; parallel loops run on the OpenMP pool that torch has started,
+by a launcher that the system's C compiler makes once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from regraft.program import RegraftError
+from regraft.program.folders import cache_dir, written_whole
+
+Target = Mapping[str, Any]
+LAUNCHER = Path(__file__).with_name("omp_launch.c")
+LEVELS: dict[str, Target] = {
+    "avx512": {"kind": "llvm", "mcpu": "icelake-server"},
+    "avx2": {"kind": "llvm", "mcpu": "x86-64-v3"},
+    "portable": {"kind": "llvm"},
+}
+"""What kernels for processors are generated for, the best first. avx512 includes VNNI."""
+
+search_path: list[Path] = []
+"""Folders that are looked in before the cache, first to last."""
+
+_loaded: dict[str, Callable[..., None]] = {}
+_files: dict[str, Path] = {}
+_kept: list[Any] = []
+
+
+class KernelError(RegraftError):
+    """A kernel cannot be made or loaded here; the operator's reference can take its place."""
+
+
+@cache
+def cpu_level() -> str:
+    """The best of LEVELS that this processor has."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability == "AVX512" and torch.cpu._is_vnni_supported():
+        return "avx512"
+    return "avx2" if capability in ("AVX2", "AVX512") else "portable"
+
+
+def kernel(
+    name: str, make: Callable[[], Any], target: Target, key: Any = ()
+) -> Callable[..., None]:
+    """The compiled function ``name`` of the PrimFunc or IRModule that ``make()`` returns.
+
+    ``target`` is TVM's, as a dictionary; ``key`` tells apart what else ``make`` depends on, by its
+    repr. ``make`` is called, and TVM imported, only where no file of an earlier call is found.
+    Raises KernelError.
+    """
+    identity = hashlib.sha256(repr((name, key, dict(target), _source())).encode()).hexdigest()[:24]
+    if identity not in _loaded:
+        _prepare(target)
+        file = _find(f"{name}-{identity}.so", lambda path: _compile(path, name, make, target))
+        try:
+            _loaded[identity] = _load(file, name)
+        except (OSError, RuntimeError, ImportError, AttributeError) as error:
+            raise KernelError(f"kernel {name} cannot be loaded: {_line(error)}") from error
+        _files[identity] = file
+    return _loaded[identity]
+
+
+def files_in_use() -> list[Path]:
+    """The files behind the kernels loaded so far, launcher included: what an artefact takes."""
+    return sorted(set(_files.values()))
+
+
+def _find(file: str, make: Callable[[Path], None]) -> Path:
+    """The whole file of this name, made in the cache where it is nowhere."""
+    cached = cache_dir() / "kernels" / _tvm_version() / file
+    for path in [*(folder / file for folder in search_path), cached]:
+        if path.is_file() and _is_whole(path):
+            return path
+    try:
+        with written_whole(cached) as partial:
+            make(partial)
+            data = partial.read_bytes()
+            partial.write_bytes(data + hashlib.sha256(data).digest())
+            partial.chmod(0o755)
+    except OSError as error:
+        raise KernelError(f"kernels cannot be kept in {cached.parent}: {error}") from error
+    return cached
+
+
+def _is_whole(path: Path) -> bool:
+    data = path.read_bytes()
+    return hashlib.sha256(data[:-32]).digest() == data[-32:]
+
+
+def _compile(path: Path, name: str, make: Callable[[], Any], target: Target) -> None:
+    compiler = _compiler()
+    try:
+        import tvm
+
+        made = make()
+        module = made if isinstance(made, tvm.IRModule) else tvm.IRModule({name: made})
+        config = {"tirx.disable_storage_rewrite": target["kind"] == "llvm"}
+        with tvm.transform.PassContext(opt_level=3, config=config), tvm.target.Target(target):
+            compiled = tvm.compile(module, target=tvm.target.Target(target))
+        compiled.export_library(str(path), cc=compiler)
+    except ImportError as error:
+        raise KernelError(f"kernel {name} needs apache-tvm to compile: {_line(error)}") from error
+    except Exception as error:
+        raise KernelError(f"kernel {name} does not compile: {_line(error)}") from error
+
+
+def _load(file: Path, name: str) -> Callable[..., None]:
+    import tvm_ffi
+
+    module = tvm_ffi.load_module(str(file))
+    library = ctypes.CDLL(str(file))
+    _kept.append((module, library))
+    if hasattr(library, "__TVMBackendParallelLaunch"):
+        pointer = ctypes.c_void_p.in_dll(library, "__TVMBackendParallelLaunch")
+        pointer.value = _launcher()
+    return module[name]
+
+
+@cache
+def _launcher() -> int | None:
+    """The address of omp_launch, linked against the OpenMP library of this process."""
+    maps = Path("/proc/self/maps")
+    lines = maps.read_text().splitlines() if maps.is_file() else []
+    found = re.findall(r"/\S*lib(?:gomp|iomp5|omp)\b\S*\.so\S*", "\n".join(lines))
+    if not found:
+        raise KernelError("torch runs without an OpenMP library that kernels could share")
+    source = LAUNCHER.read_bytes()
+    identity = hashlib.sha256(source + Path(found[0]).name.encode()).hexdigest()[:24]
+
+    def make(path: Path) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            built = Path(folder, "launch.so")
+            command = [_compiler(), "-O2", "-shared", "-fPIC", str(LAUNCHER), found[0]]
+            result = subprocess.run([*command, "-o", str(built)], capture_output=True, text=True)
+            if result.returncode:
+                raise KernelError(f"the OpenMP launcher does not compile: {result.stderr[:200]}")
+            path.write_bytes(built.read_bytes())
+
+    file = _find(f"omp_launch-{identity}.so", make)
+    _files[identity] = file
+    _kept.append(library := ctypes.CDLL(str(file)))
+    return ctypes.cast(library.omp_launch, ctypes.c_void_p).value
+
+
+def _prepare(target: Target) -> None:
+    """Load what kernels of a device need besides tvm_ffi."""
+    if target["kind"] != "llvm":
+        _load_runtime(str(target["kind"]))
+
+
+@cache
+def _load_runtime(kind: str) -> None:
+    found = importlib.util.find_spec("tvm")
+    if found is None or found.origin is None:
+        raise KernelError(f"kernels for {kind} need the libraries of apache-tvm")
+    for name in ("libtvm_runtime.so", f"libtvm_runtime_{kind}.so"):
+        try:
+            _kept.append(ctypes.CDLL(str(Path(found.origin).parent / "lib" / name), os.RTLD_GLOBAL))
+        except OSError as error:
+            raise KernelError(f"{name} cannot be loaded: {_line(error)}") from error
+
+
+@cache
+def _tvm_version() -> str:
+    try:
+        return importlib.metadata.version("apache-tvm")
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
+def _compiler() -> str:
+    for name in (os.environ.get("CC"), "cc", "gcc", "clang"):
+        if name and (path := shutil.which(name)):
+            return path
+    raise KernelError("no C compiler was found; install gcc or name one in CC")
+
+
+@cache
+def _source() -> str:
+    """The hash of every module of this folder, which generate the kernels."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _line(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return (lines or [type(error).__name__])[-1][:300]
