@@ -107,6 +107,8 @@ def _is_whole(path: Path) -> bool:
 
 def _compile(path: Path, name: str, make: Callable[[], Any], target: Target) -> None:
     compiler = _compiler()
+    if shutil.which("nvcc"):
+        os.environ.setdefault("TVM_CUDA_COMPILE_MODE", "nvcc")
     try:
         import tvm
 
@@ -114,7 +116,8 @@ def _compile(path: Path, name: str, make: Callable[[], Any], target: Target) -> 
         module = made if isinstance(made, tvm.IRModule) else tvm.IRModule({name: made})
         config = {"tirx.disable_storage_rewrite": target["kind"] == "llvm"}
         with tvm.transform.PassContext(opt_level=3, config=config), tvm.target.Target(target):
-            compiled = tvm.compile(module, target=tvm.target.Target(target))
+            pipeline = "s_tir" if target["kind"] == "llvm" else "tirx"
+            compiled = tvm.compile(module, tvm.target.Target(target), tir_pipeline=pipeline)
         compiled.export_library(str(path), cc=compiler)
     except ImportError as error:
         raise KernelError(f"kernel {name} needs apache-tvm to compile: {_line(error)}") from error

@@ -102,8 +102,8 @@ FUNCTIONS: dict[str, tuple[str, str, str]] = {
     "from_lane": (FLOAT, "float x, int lane", "return __shfl_sync(~0u, x, lane);"),
     "int_from_lane": ("int", "int x, int lane", "return __shfl_sync(~0u, x, lane);"),
     "sync_warp": ("void", "", "__syncwarp();"),
-    "atomic_add": ("void", "float* d, float x", "atomicAdd(d, x);"),
-    "atomic_add_int": ("void", "int* d, int x", "atomicAdd(d, x);"),
+    "atomic_add": ("void", "void* d, float x", "atomicAdd((float*)d, x);"),
+    "atomic_add_int": ("void", "void* d, int x", "atomicAdd((int*)d, x);"),
 }
 
 

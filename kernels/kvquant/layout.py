@@ -17,11 +17,13 @@ PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
 def pack(codes: Tensor, bits: int, kind: str, layout: str) -> Tensor:
     """Pack uint8 codes [..., 32, D] below 2**bits into uint8 [..., 32 * D * bits / 8].
 
-    kind "key": channels go in pairs (p, p + D/2), those that a rotation turns together. "llvm" has
-    a row of 32 tokens for each byte of a token, "cuda" the bytes of one token after the other.
-    kind "value": "llvm" has 16-bit words [token group, channel, token parity], whose codes are
-    every other token; "cuda" has the operands of a warp's mma.m16n8k16, lane by lane.
-    ValueError for a head size that is not a multiple of 8 (16 for values on cuda).
+    "llvm", keys: channels go in pairs (p, p + D/2), those that a rotation turns together, with a row
+    of 32 tokens for each byte of a token. Values: 16-bit words [token group, channel, token parity],
+    whose codes are every other token.
+    "cuda": what lane 4 * g + q of a warp feeds to mma.m16n8k16, in loads of ``load_bytes`` a lane.
+    Keys: [D/16, i, h, e] is token 8 * i + g, channel h * D/2 + 8 * step + 2 * q + e. Values:
+    [D/8, j, e] is token 8 * j + 2 * q + e of channel 8 * part + g.
+    ValueError for a head size that is not a multiple of 8 (16 for cuda).
     """
     flat = codes.flatten(-2)
     planes, low = [], 0
@@ -51,39 +53,45 @@ def pack_table(cos: Tensor, sin: Tensor, layout: str) -> Tensor:
     """Rotations [B, 32 * N, D/2] of body tokens as the kernels read them, one block a row.
 
     "llvm": int16 of 14 fractional bits [B, N, D/2 * 2 * 32] (pair, cos or sin, token).
-    "cuda": float16 [B, N, 32 * D/2 * 2] (token, pair, cos or sin).
+    "cuda": float16 [B, N, 32 * D/4 * 2 * 2] (token, two pairs, cos or sin, pair of the two).
     """
     table = torch.stack((cos, sin), -1).unflatten(1, (-1, BLOCK))
     if layout == "cuda":
-        return table.half().flatten(2)
+        return table.half().unflatten(3, (-1, 2)).mT.flatten(2)
     return (table.float() * 2**14).round().to(torch.int16).permute(0, 1, 3, 4, 2).flatten(2)
 
 
 def unpack_table(table: Tensor, layout: str) -> tuple[Tensor, Tensor]:
     """float32 cosines and sines [B, 32 * N, D/2] of a packed table."""
     if layout == "cuda":
-        parts = table.float().unflatten(2, (BLOCK, -1, 2))
+        parts = table.float().unflatten(2, (BLOCK, -1, 2, 2)).mT.flatten(3, 4)
     else:
         parts = (table.float() / 2**14).unflatten(2, (-1, 2, BLOCK)).permute(0, 1, 4, 2, 3)
     cos, sin = parts.flatten(1, 2).unbind(-1)
     return cos, sin
 
 
+def load_bytes(size: int, width: int) -> int:
+    """Bytes that a lane loads at once of a plane of ``width`` bits on cuda."""
+    return next(n for n in (16, 8, 4, 2) if size * width // 8 % n == 0)
+
+
 @cache
 def _order(kind: str, width: int, size: int, layout: str, device: torch.device) -> Tensor:
     """Which of the 32 * size codes, token by token, lies in each place."""
-    if size % (16 if (kind, layout) == ("value", "cuda") else 8):
+    if size % (16 if layout == "cuda" else 8):
         raise ValueError(f"a head of {size} channels cannot be packed for {layout}")
-    slots = torch.arange(BLOCK * size, device=device).view(BLOCK, size)
+    slots = torch.arange(BLOCK * size, device=device)
+    if layout == "cuda":
+        if kind == "key":
+            lanes = slots.view(4, 8, 2, -1, 4, 2).permute(1, 4, 3, 0, 2, 5)
+        else:
+            lanes = slots.view(4, 4, 2, -1, 8).permute(4, 1, 3, 0, 2)
+        return lanes.reshape(32, -1, 8 * load_bytes(size, width) // width).transpose(0, 1).flatten()
     if kind == "key":
-        pairs = slots.unflatten(1, (2, -1)).mT.flatten(1)
-        if layout == "llvm":
-            pairs = pairs.unflatten(1, (-1, 8 // width)).transpose(0, 1)
-        return pairs.flatten()
-    if layout == "llvm":
-        return slots.view(-1, 16 // width, 2, size).permute(0, 3, 2, 1).flatten()
-    chunk = 2 if size % 32 else 4
-    return slots.view(4, 4, 2, -1, chunk, 8).permute(3, 5, 1, 4, 0, 2).flatten()
+        pairs = slots.view(BLOCK, 2, -1).mT.flatten(1)
+        return pairs.unflatten(1, (-1, 8 // width)).transpose(0, 1).flatten()
+    return slots.view(-1, 16 // width, 2, size).permute(0, 3, 2, 1).flatten()
 
 
 @cache

@@ -8,7 +8,6 @@ of the table. Keys are scaled and rotated in registers as pairs of float16.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from tvm.script.ir_builder import IRBuilder
@@ -25,6 +24,8 @@ from regraft.kernels.attention.flash import (
     dense_values,
     merge,
 )
+from regraft.kernels.kvquant.cuda.plan import STAGES, Case, Layout
+from regraft.kernels.kvquant.layout import PLANES, load_bytes
 from regraft.kernels.device import (
     BITS,
     Expr,
@@ -39,71 +40,8 @@ from regraft.kernels.device import (
     wide,
 )
 
-PLANES = {2: (2,), 3: (2, 1), 4: (4,)}
-STAGES = 3
 FRACTION = 2.0**12
 """Outliers' parts of the scores are added up as integers with this many fractions."""
-SHARED = 227 * 1024
-
-
-@dataclass(frozen=True)
-class Case:
-    """What a kernel is generated for; dtype is that of queries, exact tokens and outputs."""
-
-    dtype: str
-    heads: int
-    groups: int
-    queries: int
-    size: int
-    value_size: int
-    key_bits: int
-    value_bits: int
-    key_outliers: bool
-    value_outliers: bool
-    rotated: bool
-    softcap: bool
-
-    @property
-    def rows(self) -> int:
-        return self.groups * self.queries
-
-    @property
-    def tiles(self) -> int:
-        return 1 if self.rows <= 8 or max(self.size, self.value_size) > 128 else 2
-
-    @property
-    def row_stride(self) -> int:
-        """Rows that shared memory holds of a warp's tile, a multiple of 4."""
-        return min(8 * self.tiles, -(-self.rows // 4) * 4)
-
-
-class Layout:
-    """Sizes of the launch and places in its shared memory, in bytes."""
-
-    def __init__(self, case: Case) -> None:
-        for limit in (16, 8, 4) if case.tiles == 1 and case.value_size <= 128 else (8, 4):
-            self.heads = max(h for h in range(1, limit + 1) if case.heads % h == 0)
-            self.blocks = limit // self.heads
-            self.warps = self.heads * self.blocks
-            self._place(case)
-            if self.bytes <= SHARED:
-                return
-        raise ValueError(f"no room in shared memory for heads of {case.size} channels")
-
-    def _place(self, case: Case) -> None:
-        rows = case.row_stride
-        self.row = 2 * case.size
-        self.row += (32 - self.row) % 128 if case.rotated else 0
-        self.table = 256 * 4 ** max(case.key_bits, case.value_bits)
-        stage = self.blocks * BLOCK * self.row if case.rotated else 0
-        self.stage = stage
-        self.own = self.table + STAGES * stage
-        self.query = 4 * case.size
-        self.tile = self.query + (2 * case.size * rows if case.key_outliers else 0)
-        either = case.key_outliers or case.value_outliers
-        self.extra = self.tile + (4 * BLOCK * rows if either else 0)
-        self.each = self.extra + (4 * case.value_size * rows if case.value_outliers else 0)
-        self.bytes = self.own + self.warps * self.each
 
 
 def build(case: Case) -> Any:
@@ -133,7 +71,7 @@ def build(case: Case) -> Any:
             a.batch,
             (a.splits + chunks) * layout.blocks,
         )
-    return builder.get().with_attr("global_symbol", "kvquant_attend")
+    return builder.get().with_attr("global_symbol", "kvquant_attend").with_attr("s_tir", False)
 
 
 class Arguments:
@@ -155,11 +93,10 @@ class Arguments:
         self.exact_value = vector("exact_value", case.dtype)
         self.exact_mask = vector("exact_mask", "float32")
         self.first, self.sinks = vector("first", "int32"), vector("sinks", "float32")
-        self.blocks = vector("blocks", "int32")
         self.partial = tuple(vector(name, "float32") for name in ("outputs", "tops", "sums"))
         self.out = vector("out", case.dtype)
         for name in (
-            *("batch", "splits", "capacity", "table_capacity", "exact", "exact_capacity"),
+            *("batch", "splits", "blocks", "capacity", "table_capacity", "exact", "exact_capacity"),
             *("key_batch", "key_groups", "group", "table_batch"),
             *("key_places", "value_places"),
         ):
@@ -250,7 +187,7 @@ class Attend:
         self._levels()
         self._query()
         nearest, furthest = self._bounds()
-        total = let(a.blocks[0])
+        total = a.blocks
         begin = let(T.min(nearest // BLOCK, total))
         low = let(begin + (total - begin) * self.split // a.splits)
         high = let(begin + (total - begin) * (self.split + 1) // a.splits)
@@ -267,7 +204,12 @@ class Attend:
                 self._stage(low, high, turn)
             self._load_offsets(block, 1)
             self._load_ahead(block)
-        with T.serial(0, turns) as turn:
+        counter = registers(1, "int32")
+        store(counter, 0, T.int32(0))
+        # no For: TVM would hoist conditions out of it by copying its body, and refuse the copy
+        with T.While(counter[0] < turns):
+            turn = let(counter[0])
+            store(counter, 0, turn + 1)
             block = let(T.min(low + turn * layout.blocks + self.sub, high - 1))
             call("async_wait")
             T.evaluate(T.tvm_storage_sync("shared"))
@@ -380,7 +322,7 @@ class Attend:
         start = place = 0
         for width in PLANES[bits]:
             each = size * width // 8
-            step = next(n for n in (16, 8, 4, 2) if each % n == 0)
+            step = load_bytes(size, width)
             for chunk in range(each // step):
                 at = base + wide(start + chunk * 32 * step + self.warp.lane * step)
                 load_words(words, place * 4 + chunk * step, self.a.codes[kind], at, step)

@@ -1,0 +1,82 @@
+"""How the attention kernel for CUDA is launched, and what lies where in its shared memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from regraft.kernels.compiled import KernelError
+from regraft.kernels.kvquant.layout import BLOCK
+
+STAGES = 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a kernel is generated for; dtype is that of queries, exact tokens and outputs,
+    shared the bytes of shared memory that a block of threads may have."""
+
+    dtype: str
+    heads: int
+    groups: int
+    queries: int
+    size: int
+    value_size: int
+    key_bits: int
+    value_bits: int
+    key_outliers: bool
+    value_outliers: bool
+    rotated: bool
+    softcap: bool
+    shared: int
+
+    @property
+    def rows(self) -> int:
+        return self.groups * self.queries
+
+    @property
+    def tiles(self) -> int:
+        return 1 if self.rows <= 8 or max(self.size, self.value_size) > 128 else 2
+
+    @property
+    def row_stride(self) -> int:
+        """Rows that shared memory holds of a warp's tile, a multiple of 4."""
+        return min(8 * self.tiles, -(-self.rows // 4) * 4)
+
+
+class Layout:
+    """Sizes of the launch and places in its shared memory, in bytes."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        for limit in (16, 8, 4) if case.tiles == 1 and case.value_size <= 128 else (8, 4):
+            self.heads = max(h for h in range(1, limit + 1) if case.heads % h == 0)
+            self.blocks = limit // self.heads
+            self.warps = self.heads * self.blocks
+            self._place(case)
+            if self.bytes <= case.shared:
+                return
+        raise KernelError(f"no room in shared memory for heads of {case.size} channels")
+
+    def _place(self, case: Case) -> None:
+        rows = case.row_stride
+        self.row = 2 * case.size
+        self.row += (32 - self.row) % 128 if case.rotated else 0
+        self.table = 256 * 4 ** max(case.key_bits, case.value_bits)
+        stage = self.blocks * BLOCK * self.row if case.rotated else 0
+        self.stage = stage
+        self.own = self.table + STAGES * stage
+        self.query = 4 * case.size
+        self.tile = self.query + (2 * case.size * rows if case.key_outliers else 0)
+        either = case.key_outliers or case.value_outliers
+        self.extra = self.tile + (4 * BLOCK * rows if either else 0)
+        self.each = self.extra + (4 * case.value_size * rows if case.value_outliers else 0)
+        self.bytes = self.own + self.warps * self.each
+
+    @property
+    def places(self) -> int:
+        """Blocks of threads that share a range of a sequence's tokens."""
+        return -(-self.case.rows // (8 * self.case.tiles)) * (self.case.heads // self.heads)
+
+    def parts(self, splits: int, exact: int) -> int:
+        """Partial results of a row: those of ``splits`` ranges and of the exact tokens."""
+        return (splits + -(-exact // (self.blocks * BLOCK))) * self.blocks
