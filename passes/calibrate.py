@@ -153,7 +153,7 @@ def _fit_keys(
     samples: Samples, x: Tensor, bits: int, outliers: float, count: int
 ) -> tuple[Codebook, Tensor, Tensor, Tensor, Tensor]:
     """Codebook, scale and zero, and the normalised keys with their weights, 0 for outliers."""
-    scale, zero = _quantiles(samples.x, outliers)
+    scale, zero = quantiles(samples.x, outliers)
     book = fixed("uniform", bits)
     for turn in range(ROUNDS + 1):
         divisor = torch.where(scale == 0, 1.0, scale.float())
@@ -180,7 +180,7 @@ def _fit_values(
     return (book if bits == 8 else fitted(y, weight * scale.square(), bits)), y, weight
 
 
-def _quantiles(x: Tensor, outliers: float) -> tuple[Tensor, Tensor]:
+def quantiles(x: Tensor, outliers: float) -> tuple[Tensor, Tensor]:
     """float16 scale and zero [1, H, 1, D] of the range without the share of each channel."""
     flat = x.float().transpose(2, 3).contiguous().numpy()
     out = int(outliers / 2 * flat.shape[-1])
