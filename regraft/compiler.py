@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing import parent_process
@@ -21,6 +22,7 @@ from regraft.runtime.causal_lm import Compiled
 from regraft.runtime.module import CompiledModule
 from regraft.runtime.program_cache import fetch, fingerprint, store
 from regraft.runtime.regions import Workers, compile_regions
+from regraft.runtime.warm import warm_up
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class _Pipeline:
         report = Report()
         matches = [0] * len(self.asked)
         for name, program, default in parts:
+            if self.target == "reference":
+                program.cache = replace(program.cache, kernels=False)
             folder = Path(self.dump_dir) / name if self.dump_dir is not None else None
             required = self.asked if len(parts) == 1 else ()
             context = Context(self.calibration, self.tell)
@@ -64,7 +68,10 @@ class _Pipeline:
     def compile_regions(self, program: Program, regions: Any, workers: Workers) -> None:
         if self.target != "reference":
             self.stage("regions")
-            compile_regions(program, regions, workers)
+            with ThreadPoolExecutor(1) as pool:
+                kernels = pool.submit(warm_up, program)
+                compile_regions(program, regions, workers)
+                kernels.result()
 
 
 def compile(

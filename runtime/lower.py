@@ -203,10 +203,11 @@ def _mask(padding, queries, keys, offset, window, batch) -> Tensor | None:
 
 def new_cache(spec: CacheSpec) -> CacheState:
     states = RecurrentStates(spec.states, spec.rollback) if spec.states else None
-    return CacheState([_layer(state) for state in spec.layers], states=states)
+    layers = [new_layer(state, spec.kernels) for state in spec.layers]
+    return CacheState(layers, states=states)
 
 
-def _layer(state: LayerState) -> DenseLayer | QuantizedLayer:
+def new_layer(state: LayerState, kernels: bool = True) -> DenseLayer | QuantizedLayer:
     if state.format == "dense":
         return DenseLayer()
     settings, tensors = dict(state.settings), state.tensors
@@ -224,4 +225,4 @@ def _layer(state: LayerState) -> DenseLayer | QuantizedLayer:
         scale, zero = tensors.get(f"{kind}_scale"), tensors.get(f"{kind}_zero")
         outliers = settings[f"{kind}_outliers"]
         codings.append(Coding(bits, book, outliers, scale, zero, settings["group"]))
-    return QuantizedLayer(*codings, settings["sink"], settings["tail"])
+    return QuantizedLayer(*codings, settings["sink"], settings["tail"], kernels)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from regraft.kernels.attention.reference import attention
+from regraft.kernels.kvquant import dispatch, reference
 from regraft.kernels.kvquant.codebook import Codebook, fixed
-from regraft.kernels.kvquant.dispatch import attend
 from regraft.kernels.kvquant.layout import BLOCK, pack, unpack_table
 from regraft.kernels.kvquant.reference import (
     Body,
@@ -128,8 +128,11 @@ class QuantizedLayer:
     left-padded batch a row's sink are its own first tokens: its padding follows them.
     """
 
-    def __init__(self, key: Coding, value: Coding, sink: int = 4, tail: int = 32) -> None:
+    def __init__(
+        self, key: Coding, value: Coding, sink: int = 4, tail: int = 32, kernels: bool = True
+    ) -> None:
         self.sink, self.tail = sink, tail
+        self._attend = dispatch.attend if kernels else reference.attend
         self.key, self.value = Store("key", key), Store("value", value)
         self._exact = Buffer(8, 1.0), Buffer(8, 1.0)
         self._slots: Tensor | None = None
@@ -217,7 +220,7 @@ class QuantizedLayer:
         if seen is not None:
             column = _none(q.shape[1], q.device) if sinks is None else sinks.flatten().float()
             exact = (buffer.view for buffer in self._exact)
-            out = attend(q, self.body(table), *exact, *seen, column, scale)
+            out = self._attend(q, self.body(table), *exact, *seen, column, scale)
         else:
             out = attention(q, *self._all(table), mask, scale, softcap, sinks)
         if k.shape[2] > self.tail:

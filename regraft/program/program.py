@@ -37,11 +37,13 @@ class LayerState:
 class CacheSpec:
     """``layers``: one entry a layer that caches keys and values, in layer order. ``states``:
     tensors of constant size that each step replaces (convolutions, recurrences), zero before the
-    first token; the last ``rollback`` steps can be taken back."""
+    first token; the last ``rollback`` steps can be taken back. ``kernels``: whether quantised
+    layers run compiled kernels or their reference."""
 
     layers: tuple[LayerState, ...] = ()
     states: tuple[TensorSpec, ...] = ()
     rollback: int = 8
+    kernels: bool = True
 
 
 @dataclass

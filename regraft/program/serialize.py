@@ -99,6 +99,7 @@ def program_to_json(program: Program) -> dict[str, Any]:
         "cache": [layer_to_json(layer) for layer in program.cache.layers],
         "states": [_spec_to_json(spec) for spec in program.cache.states],
         "rollback": program.cache.rollback,
+        "kernels": program.cache.kernels,
         "tokens": list(program.tokens),
         "context": program.context,
         "prefill": program.prefill and program_to_json(program.prefill),
@@ -112,7 +113,8 @@ def program_from_json(data: dict[str, Any], tensors: Mapping[str, Tensor]) -> Pr
     specs = [tuple(map(_spec_from_json, data[side])) for side in ("inputs", "outputs")]
     states = tuple(map(_spec_from_json, data["states"]))
     program = Program(
-        graph, specs[0], specs[1], CacheSpec(layers, states, data["rollback"]),
+        graph, specs[0], specs[1],
+        CacheSpec(layers, states, data["rollback"], data["kernels"]),
         tokens=tuple(data["tokens"]), context=data["context"],
     )  # fmt: skip
     if data["prefill"]:

@@ -6,6 +6,7 @@ Raises KernelError where there is no kernel: the reference can take its place.
 from __future__ import annotations
 
 import math
+import threading
 from functools import cache
 from typing import Any
 
@@ -13,9 +14,11 @@ import torch
 from torch import Tensor
 
 from regraft.kernels.compiled import LEVELS, KernelError, cpu_level, kernel
-from regraft.kernels.kvquant.reference import Body
+from regraft.kernels.kvquant.reference import Body, Packed
 
 SIZES = (64, 80, 96, 128, 256)
+SHAPES = 8
+_own = threading.local()
 
 
 def attend(
@@ -39,8 +42,8 @@ def attend(
     if softcap > 0:
         raise KernelError("kernels for quantized caches have no soft cap")
     batch, query_heads, queries, size = q.shape
-    heads, rows = exact_key.shape[1], query_heads // exact_key.shape[1] * queries
-    key, value, tables = body.key, body.value, [] if body.table is None else [body.table]
+    heads, key, value = exact_key.shape[1], body.key, body.value
+    rows = query_heads // heads * queries
     tile = _tile(rows)
     function = _kernel(
         level,
@@ -50,57 +53,121 @@ def attend(
         tile,
         body.table is not None,
         (key.outliers is not None, value.outliers is not None),
-        str(exact_key.dtype).removeprefix("torch."),
+        exact_key.dtype,
         key.layout,
     )
-    padded = -(-rows // tile) * tile
     splits = max(1, min(-(-torch.get_num_threads() // batch), -(-body.blocks // 8)))
-    parts = (batch, splits, heads)
-    out = torch.empty(batch, heads, rows, value.size)
-    turned = [torch.empty(*parts, padded // tile, size, 8)] if key.outliers is not None else []
     if not exact_key.shape[2]:
-        exact_key, exact_value = (x.new_zeros(batch, heads, 1, n) for x, n in
-                                  ((exact_key, size), (exact_value, value.size)))  # fmt: skip
+        exact_key, exact_value = (
+            x.new_zeros(batch, heads, 1, x.shape[3]) for x in (exact_key, exact_value)
+        )
         exact_mask = exact_mask.new_full((batch, queries, 1), -math.inf)
     if exact_key.dtype == torch.bfloat16:
         exact_key, exact_value = exact_key.view(torch.uint16), exact_value.view(torch.uint16)
-    tensors = [
+    packed = [
         *(key.codes, key.levels, key.unit, value.codes, value.levels, value.unit),
         *(key.scale, value.scale, key.zero, value.zero),
-        *(table.unflatten(2, (size // 2, 2, 32)) for table in tables),
-        *(x for x in (key.outliers, key.offsets) if x is not None),
-        *(x for x in (value.outliers, value.offsets) if x is not None),
-    ]
+        *(x for x in (body.table,) if x is not None),
+        *(x for part in (key, value) if part.outliers is not None
+          for x in (part.outliers, part.offsets)),
+    ]  # fmt: skip
     if not body.blocks:
-        tensors = [_with_room(x) for x in tensors]
+        packed = [_with_room(x) for x in packed]
+    out = torch.empty(batch, query_heads, queries, value.size)
     function(
-        q.float().contiguous().view(batch, heads, rows, size),
+        q.float().contiguous(),
         out,
         first,
         body.blocks,
         body.group // 32 or 1 << 40,
         scale,
-        *tensors,
-        *(exact_key, exact_value, exact_mask),
-        sinks.view(heads, -1),
-        torch.empty(*parts, padded, value.size),
-        torch.empty(*parts, padded, 2),
-        torch.empty(batch, splits, padded, 256),
-        *_tables(level, parts, padded, size),
-        torch.empty(*parts, padded),
-        *turned,
+        *packed,
+        exact_key,
+        exact_value,
+        exact_mask,
+        sinks,
+        *_scratch(level, (batch, splits, heads), -(-rows // tile), tile, size, value.size,
+                  key.outliers is not None),
+    )  # fmt: skip
+    return out.to(q.dtype)
+
+
+def append(
+    x: Tensor,
+    packed: Packed,
+    midpoints: Tensor,
+    start: int,
+    group: int = 0,
+    level: str | None = None,
+) -> None:
+    """Quantise whole blocks of x [B, H, 32 * n, D] into ``packed``, from its block start on.
+
+    x: float32, bfloat16 or float16, keys not rotated; midpoints: float32 [2**bits - 1] of the
+    codebook. The scales and zeros of keys are read, those of values written; a row of the keys'
+    serves ``group`` tokens, all of them where it is 0. Raises KernelError as ``attend`` does.
+    """
+    count = 0 if packed.outliers is None else packed.outliers.shape[2] // 32
+    function = _append_kernel(
+        level or cpu_level(), packed.kind, x.shape[1], packed.size, packed.bits, count, x.dtype
     )
-    return out.view(batch, query_heads, queries, value.size).to(q.dtype)
+    if x.dtype == torch.bfloat16:
+        x = x.view(torch.uint16)
+    blocks = x.shape[2] // 32
+    outliers = () if packed.outliers is None else (packed.outliers, packed.offsets)
+    function(
+        *(x, blocks, start, group // 32 or 1 << 40, packed.unit, packed.levels, midpoints),
+        *(packed.codes, packed.scale, packed.zero, *outliers),
+    )
 
 
-def _tables(level: str, parts: tuple[int, ...], rows: int, size: int) -> tuple[Tensor, Tensor]:
-    """Room for the channels' tables and for the query in the kernel's numbers."""
+@cache
+def _append_kernel(
+    level: str, kind: str, heads: int, size: int, bits: int, count: int, dtype: torch.dtype
+) -> Any:
+    if size not in SIZES or bits not in (2, 3, 4) or not count < heads * size - 1:
+        raise KernelError(f"no CPU kernel packs {count} outliers, heads of {size}, {bits} bits")
+    key = (kind, heads, size, bits, count, str(dtype).removeprefix("torch."))
+
+    def make() -> Any:
+        from regraft.kernels.kvquant.llvm.append import Side, make
+
+        return make(Side(*key))
+
+    return kernel("append", make, LEVELS[level], key)
+
+
+def _scratch(
+    level: str,
+    parts: tuple[int, int, int],
+    tiles: int,
+    tile: int,
+    size: int,
+    value_size: int,
+    outliers: bool,
+) -> tuple[Tensor, ...]:
+    """Working memory of the kernel; each thread keeps that of its last few shapes."""
+    kept: dict[Any, tuple[Tensor, ...]] = vars(_own).setdefault("scratch", {})
+    shape = (level, parts, tiles, tile, size, value_size, outliers)
+    if shape in kept:
+        return kept[shape]
+    if len(kept) == SHAPES:
+        kept.clear()
+    rows = tiles * tile
     if level == "portable":
-        return torch.empty(*parts, size, 16), torch.empty(*parts, rows, size)
-    return (
-        torch.empty(*parts, size, 32, dtype=torch.uint8),
-        torch.empty(*parts, rows, size // 2, dtype=torch.int32),
+        tables, query = torch.empty(*parts, size, 16), torch.empty(*parts, rows, size)
+    else:
+        tables = torch.empty(*parts, size, 32, dtype=torch.uint8)
+        query = torch.empty(*parts, rows, size // 2, dtype=torch.int32)
+    kept[shape] = (
+        torch.empty(*parts, rows, value_size),
+        torch.empty(*parts, rows, 2),
+        torch.empty(*parts[:2], rows, 256),
+        tables,
+        query,
+        torch.empty(*parts, rows),
+        *([torch.empty(*parts, tiles, size, 8)] if outliers else []),
     )
+    return kept[shape]
 
 
 def _with_room(x: Any) -> Any:
@@ -124,16 +191,17 @@ def _kernel(
     rows: int,
     rotated: bool,
     outliers: tuple[bool, bool],
-    exact_dtype: str,
+    exact_dtype: torch.dtype,
     layout: str,
 ) -> Any:
     if not (set(sizes) <= set(SIZES) and set(bits) <= {2, 3, 4} and layout == "llvm"):
         raise KernelError(f"no CPU kernel for heads of {sizes}, {bits} bits, layout {layout}")
-    key = (level, heads, *sizes, *bits, rows, rotated, *outliers, exact_dtype)
+    dtype = str(exact_dtype).removeprefix("torch.")
+    key = (level, heads, *sizes, *bits, rows, rotated, *outliers)
 
     def make() -> Any:
         from regraft.kernels.kvquant.llvm import generate
 
-        return generate.make(generate.Shape(*key))
+        return generate.make(generate.Shape(*key, dtype))
 
-    return kernel("attend", make, LEVELS[level], key)
+    return kernel("attend", make, LEVELS[level], (key, dtype))
