@@ -58,7 +58,7 @@ def from_fits(name: str, fits: Sequence[dict[str, Fit]], heads: int, size: int) 
         assert key.scale is not None and key.zero is not None
         read_key = partial(
             read_keys, scale=key.scale, zero=key.zero, book=key.book,
-            count=cap(key.outliers, channels),
+            count=cap(key.outliers, channels), weight=key.weight,
         )  # fmt: skip
         read_value = partial(read_values, book=value.book, count=cap(value.outliers, channels))
         reads.append((read_key, read_value))

@@ -75,29 +75,50 @@ def encode(
     """Codes (uint8) of x, and what they read as, in dtype; scale and zero broadcast against x."""
     scale, zero = scale.float(), zero.float()
     y = (x.float() - zero) / torch.where(scale == 0, 1.0, scale)
-    codes = torch.bucketize(y, book.midpoints)
+    codes = torch.bucketize(y.contiguous(), book.midpoints)
     levels = book.levels.to(dtype) * book.unit
     return codes.to(torch.uint8), levels[codes] * scale.to(dtype) + zero.to(dtype)
 
 
 def quantize_keys(
-    k: Tensor, scale: Tensor, zero: Tensor, book: Levels, count: int = 0
+    k: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    book: Levels,
+    count: int = 0,
+    weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Codes [B, H, T, D] of keys, and the residuals of at most ``count`` outliers a token.
+    """Codes [B, H, T, D] of keys, and the residuals of their outliers.
 
-    scale, zero: float16 [1 or B, H, 1 or T, D]. Outliers are furthest outside zero +- scale.
-    The residuals are float16 [B, H, T, D], zero elsewhere; None where count is 0.
+    scale, zero: float16 [1 or B, H, 1 or T, D]; weight: what an error of a channel costs
+    [1, H, 1, D]. The residuals are float16 [B, H, T, D], zero elsewhere; None where count is 0.
     """
     codes, read = encode(k, scale, zero, book)
     if not count:
         return codes, None
-    distance = (k.float() - zero.float()).abs()
-    beyond = distance / torch.where(scale == 0, 1.0, scale.float())
-    beyond = torch.where(distance > scale, beyond, 0.0).transpose(1, 2).flatten(2)
-    largest, index = beyond.topk(count, -1)
-    chosen = torch.zeros_like(beyond, dtype=torch.bool).scatter(-1, index, largest > 0)
-    chosen = chosen.unflatten(2, (k.shape[1], -1)).transpose(1, 2)
-    return codes, _residual(k, read, chosen)
+    return codes, _residual(k, read, key_outliers(k, read, count, weight))
+
+
+def key_outliers(k: Tensor, read: Tensor, count: int, weight: Tensor | None = None) -> Tensor:
+    """Which keys are kept beside their codes, bool [B, H, T, D]: of each block of 32 tokens the
+    32 * count whose codes err most, errors weighted by channel (weight [1, H, 1, D]).
+
+    By block, since a few tokens (delimiters that draw attention) err in many channels and most in
+    none. A shorter block at the end has room for count a token.
+    """
+    error = (k.float() - read).abs()
+    error = (error if weight is None else error * weight.float()).transpose(1, 2)
+    blocks = [
+        _largest(part, count * part.shape[1]) for part in error.split(BLOCK, 1) if part.shape[1]
+    ]
+    return torch.cat(blocks or [error.bool()], 1).transpose(1, 2)
+
+
+def _largest(x: Tensor, count: int) -> Tensor:
+    """Where the ``count`` largest elements of each row of x [B, ...] are, zeros left out."""
+    flat = x.flatten(1)
+    largest, index = flat.topk(count, -1)
+    return torch.zeros_like(flat, dtype=torch.bool).scatter(1, index, largest > 0).view(x.shape)
 
 
 def quantize_values(
