@@ -133,7 +133,14 @@ def store(buffer: Any, index: Expr, value: Expr) -> None:
 
 
 def let(value: Expr) -> Expr:
-    return T.Bind(value)
+    """Bind a number where it stands: TVM would inline it, and copies what it finds in loops."""
+    kinds = {"int32": "int", "uint32": WORD, "float32": FLOAT, "int64": "long long"}
+    kind = kinds.get(str(value.ty))
+    if kind is None:
+        return T.Bind(value)
+    name = f"rg_same_{kind.replace(' ', '_')}"
+    source = f"__device__ __forceinline__ {kind} {name}({kind} x) {{ return x; }}\n"
+    return T.Bind(cuda_func_call(name, value, source_code=source, return_type=str(value.ty)))
 
 
 def wide(value: Expr) -> Expr:

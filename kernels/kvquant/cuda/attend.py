@@ -221,7 +221,7 @@ class Attend:
     def _turn(self, block: Expr, low: Expr, high: Expr, turn: Expr, furthest: Expr) -> None:
         a, case, layout, flash, warp = self.a, self.case, self.layout, self.flash, self.warp
         wanted = let(low + turn * layout.blocks + self.sub)
-        stage = let(turn % STAGES * layout.stage + layout.table)
+        stage = let(T.truncmod(turn, STAGES) * layout.stage + layout.table)
         stage = let(stage + self.sub * (BLOCK * layout.row)) if case.rotated else stage
         self._load_codes("value", self.values, block)
         store(self.place, 1, self.place[2])
@@ -396,7 +396,7 @@ class Attend:
                 piece = let(i * threads + self.thread)
                 block = let(low + turn * layout.blocks + piece // (BLOCK * row))
                 with T.If(T.And(piece < pieces, block < high)), T.Then():
-                    place = turn % STAGES * layout.stage + layout.table
+                    place = T.truncmod(turn, STAGES) * layout.stage + layout.table
                     place = place + piece // row * layout.row + piece % row * 16
                     source = wide(origin + block) * (BLOCK * case.size)
                     source = source + wide(piece % (BLOCK * row) * 8)
