@@ -171,6 +171,8 @@ def _prepare(target: Target) -> None:
 
 @cache
 def _load_runtime(kind: str) -> None:
+    import tvm_ffi  # noqa: F401  what the libraries link to
+
     found = importlib.util.find_spec("tvm")
     if found is None or found.origin is None:
         raise KernelError(f"kernels for {kind} need the libraries of apache-tvm")

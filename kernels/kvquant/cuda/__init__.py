@@ -143,7 +143,7 @@ def _kernel(
     target = {"kind": "cuda", "arch": arch, "host": {"kind": "llvm"}}
 
     def make() -> Any:
-        from regraft.kernels.kvquant.cuda.attend import build
+        from regraft.kernels.kvquant.cuda.generate import build
 
         return build(case)
 
