@@ -65,7 +65,12 @@ FUNCTIONS: dict[str, tuple[str, str, str]] = {
         "unsigned a, unsigned b",
         'unsigned d; asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b)); return d;',
     ),
-    "neg2": (WORD, "unsigned a", "return a ^ 0x80008000u;"),
+    "fnma2": (
+        WORD,
+        "unsigned a, unsigned b, unsigned c",
+        'unsigned d; asm("{.reg .b32 t; neg.f16x2 t, %1; fma.rn.f16x2 %0, t, %2, %3;}" '
+        ': "=r"(d) : "r"(a), "r"(b), "r"(c)); return d;',
+    ),
     "mma_f16": ("void", _MMA_ARGUMENTS, _MMA.format("f16")),
     "mma_bf16": ("void", _MMA_ARGUMENTS, _MMA.format("bf16")),
     "transpose": (
@@ -101,6 +106,23 @@ FUNCTIONS: dict[str, tuple[str, str, str]] = {
     "across": (FLOAT, "float x, int mask", "return __shfl_xor_sync(~0u, x, mask);"),
     "from_lane": (FLOAT, "float x, int lane", "return __shfl_sync(~0u, x, lane);"),
     "int_from_lane": ("int", "int x, int lane", "return __shfl_sync(~0u, x, lane);"),
+    "shared_address": (WORD, "const void* s", "return (unsigned)__cvta_generic_to_shared(s);"),
+    "look_up": (
+        WORD,
+        "unsigned s",
+        'unsigned d; asm("ld.shared.u32 %0, [%1];" : "=r"(d) : "r"(s)); return d;',
+    ),
+    "look_up_second": (
+        WORD,
+        "unsigned s",
+        'unsigned d; asm("ld.shared.u32 %0, [%1+128];" : "=r"(d) : "r"(s)); return d;',
+    ),
+    "warp_max_word": (WORD, "unsigned x", "return __reduce_max_sync(~0u, x);"),
+    "sync_threads": (
+        "void",
+        "int name, int count",
+        'asm volatile("bar.sync %0, %1;" :: "r"(name), "r"(count) : "memory");',
+    ),
     "sync_warp": ("void", "", "__syncwarp();"),
     "atomic_add": ("void", "void* d, float x", "atomicAdd((float*)d, x);"),
     "atomic_add_int": ("void", "void* d, int x", "atomicAdd((int*)d, x);"),

@@ -75,7 +75,7 @@ class Flash:
         shift: Sequence[Expr] = (),
         scale: Sequence[Expr] = (),
         zero: Sequence[Expr] = (),
-        rescaled: Callable[[int, Expr, Expr], None] | None = None,
+        before_rescaling: Callable[[], None] | None = None,
     ) -> None:
         """Turn the scores of a block into weights, ready as operands of the product with values.
 
@@ -98,12 +98,12 @@ class Flash:
         for row, top in enumerate(tops[1:], 1):
             rises = T.Or(rises, top > self.top[row] + T.float32(SLACK))
         with T.If(call("any", T.cast(rises, "int32")) != 0), T.Then():
-            factors = {}
+            if before_rescaling:
+                before_rescaling()
             for (tile, e), top in zip(pairs, tops, strict=True):
                 row = tile * 2 + e
                 highest = let(T.max(self.top[row], warp_max(top, (4, 8, 16))))
                 factor = call("exp2", self.top[row] - highest)
-                factors[tile, e] = factor
                 store(self.top, row, highest)
                 store(self.sum, row, self.sum[row] * factor)
                 store(self.zero, row, self.zero[row] * factor)
@@ -111,9 +111,6 @@ class Flash:
                     for half in range(2):
                         at = (tile * self.parts + part) * 4 + half * 2 + e
                         store(self.out, at, self.out[at] * factor)
-            for tile in range(self.tiles):
-                if rescaled:
-                    rescaled(tile, factors[tile, 0], factors[tile, 1])
         for tile in range(self.tiles):
             for i in range(4):
                 scaled = []
@@ -159,11 +156,10 @@ class Flash:
         first: Expr,
         rows: int,
         channel: Callable[[int, int], Expr],
-        extra: Callable[[Expr, Expr], Expr] | None = None,
     ) -> None:
         """Write rows first.. of the partial result: outputs [place, rows, Dv], maximum and sum.
 
-        channel(part, half) is the lane's channel; extra(row, channel) is added to the outputs.
+        channel(part, half) is the lane's channel.
         """
         outputs, tops, sums = partial
         for tile in range(self.tiles):
@@ -181,8 +177,6 @@ class Flash:
                         for half in range(2):
                             at = let(channel(part, half))
                             value = self.out[(tile * self.parts + part) * 4 + half * 2 + e] + zero
-                            if extra:
-                                value = value + extra(own, at)
                             store(outputs, line * (self.parts * 16) + wide(at), value)
 
 

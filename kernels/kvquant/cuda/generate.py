@@ -122,6 +122,12 @@ class Attend:
         self.first_row = let(tile * (8 * case.tiles))
         self.shared = T.alloc_buffer((layout.bytes,), "uint8", scope="shared.dyn", align=128)
         self.own = let(layout.own + self.warp.index * layout.each)
+        address_ = call("shared_address", address(self.shared, 0))
+        stages = layout.blocks * STAGES * layout.stage
+        table = T.uint32(layout.table)
+        self.table = let((address_ + T.uint32(stages) + table - T.uint32(1)) // table * table)
+        self.table_place = let(T.cast(self.table - address_, "int32"))
+        self.entry = let(self.table | T.cast(self.warp.lane * 4, "uint32"))
         self.flash = Flash(self.warp, case.value_size, case.tiles)
         self.seen = registers(2 * case.tiles, "int32")
         for tile_ in range(case.tiles):
@@ -136,12 +142,12 @@ class Attend:
             with T.Else():
                 self._exact()
 
-    def _write(self, channel: Any, extra: Any = None) -> None:
+    def _write(self, channel: Any) -> None:
         a, layout = self.a, self.layout
         chunks = (a.exact + layout.blocks * BLOCK - 1) // (layout.blocks * BLOCK)
         parts = (a.splits + chunks) * layout.blocks
         place = self.line * parts + self.split * layout.blocks + self.sub
-        self.flash.write(a.partial, place, self.first_row, self.case.rows, channel, extra)
+        self.flash.write(a.partial, place, self.first_row, self.case.rows, channel)
 
     # exact tokens
 
@@ -192,16 +198,21 @@ class Attend:
         low = let(begin + (total - begin) * self.split // a.splits)
         high = let(begin + (total - begin) * (self.split + 1) // a.splits)
         turns = let((high - low + layout.blocks - 1) // layout.blocks)
+        self._prepare_stages(low)
+        T.evaluate(T.tvm_storage_sync("shared"))
         self.keys = registers(self._words("key"), "uint32")
         self.values = registers(self._words("value"), "uint32")
         self.entries = {kind: registers(2, "int32") for kind in ("key", "value")}
         self.token = registers(2, "uint32")
+        self.fraction = registers(2)
+        store(self.fraction, 0, T.float32(2.0**100))
+        store(self.fraction, 1, T.float32(2.0**-100))
         self.place = registers(3, "int32")  # group of the scales, offsets of this and next block
         store(self.place, 0, T.int32(-1))
         with T.If(turns > 0), T.Then():
             block = let(T.min(low + self.sub, high - 1))
             for turn in range(2):
-                self._stage(low, high, turn)
+                self._stage(low, high, T.int32(turn) if isinstance(turn, int) else turn)
             self._load_offsets(block, 1)
             self._load_ahead(block)
         counter = registers(1, "int32")
@@ -212,11 +223,12 @@ class Attend:
             store(counter, 0, turn + 1)
             block = let(T.min(low + turn * layout.blocks + self.sub, high - 1))
             call("async_wait")
-            T.evaluate(T.tvm_storage_sync("shared"))
+            call("sync_threads", self.sub + 1, T.int32(layout.heads * 32))
             self._stage(low, high, turn + 2)
             self._turn(block, low, high, turn, furthest)
-        channel = self._extra_at if case.value_outliers else None
-        self._write(lambda part, half: part * 16 + half * 8 + self.warp.g, channel)
+        if case.value_outliers:
+            self._flush()
+        self._write(lambda part, half: part * 16 + half * 8 + self.warp.g)
 
     def _turn(self, block: Expr, low: Expr, high: Expr, turn: Expr, furthest: Expr) -> None:
         a, case, layout, flash, warp = self.a, self.case, self.layout, self.flash, self.warp
@@ -231,6 +243,7 @@ class Attend:
         if case.key_outliers:
             self._key_outliers(stage, block)
         flash.clear()
+        self.pair = registers(2, "uint32")
         self._scores(stage)
         following = let(T.min(wanted + layout.blocks, high - 1))
         self._load_offsets(following, 2)
@@ -254,7 +267,7 @@ class Attend:
             zeros.append(call("from_lane", zero, lane))
             shift.append(call("log2", T.max(scale[-1], T.float32(2.0**-24))))
         flash.softmax(
-            "float16", shift, scale, zeros, self._rescale if case.value_outliers else None
+            "float16", shift, scale, zeros, self._flush if case.value_outliers else None
         )
         self._load_ahead(following)
         for part in range(case.value_size // 16):
@@ -263,7 +276,7 @@ class Attend:
                 operand = [self._look_up("value", self.values, place) for place in places]
                 flash.add_values("float16", part, step, operand)
         if case.value_outliers:
-            self._value_outliers(block)
+            self._value_outliers(block, turn)
 
     def _levels(self) -> None:
         """Fill the look-up table: an entry is 64 words, 32 copies for keys, 32 for values."""
@@ -284,7 +297,7 @@ class Attend:
                         T.cast(levels[low], "float32") * unit,
                         T.cast(levels[high], "float32") * unit,
                     )
-                    place = entry * 256 + side * 128 + at % 8 * 16
+                    place = self.table_place + entry * 256 + side * 128 + at % 8 * 16
                     call("write16", address(self.shared, place), pair, pair, pair, pair)
 
     def _pair_codes(self, entry: Expr, bits: int) -> tuple[Expr, Expr]:
@@ -296,18 +309,14 @@ class Attend:
     def _look_up(self, kind: str, words: Any, pair: int) -> Expr:
         """The two levels of a pair of codes, as float16."""
         bits = self.case.key_bits if kind == "key" else self.case.value_bits
-        base = 128 if kind == "value" else 0
-        lane = T.cast(self.warp.lane * 4, "uint32")
         if bits == 4:
-            selector = T.uint32(0x5504 | pair % 4 << 4)
-            at = call("permute", words[pair // 4], lane, selector)
+            at = call("permute", words[pair // 4], self.entry, T.uint32(0x7604 | pair % 4 << 4))
         else:
-            at = _shift(words[pair // 8], 8 - pair % 8 * 4) & T.uint32(0xF00) | lane
+            at = _shift(words[pair // 8], 8 - pair % 8 * 4) & T.uint32(0xF00) | self.entry
             if bits == 3:
-                plane = -(-(self._size(kind) * 2 // 32) // 1)
-                word = words[plane + pair // 16]
+                word = words[-(-self._size(kind) * 2 // 32) + pair // 16]
                 at = at | _shift(word, 12 - pair % 16 * 2) & T.uint32(0x3000)
-        return call("read4", address(self.shared, T.cast(let(at), "int32") + base))
+        return call("look_up" if kind == "key" else "look_up_second", at)
 
     def _size(self, kind: str) -> int:
         return self.case.size if kind == "key" else self.case.value_size
@@ -354,7 +363,7 @@ class Attend:
                 store(self.query, tile * steps * 2 + at, call("pack_f16", *pair))
             for e in range(2):
                 lane = let((2 * warp.q + e) * 4)
-                store(self.row_scale, tile * 2 + e, call("from_lane", norm, lane) * a.scale)
+                store(self.row_scale, tile * 2 + e, call("from_lane", norm, lane) * (a.scale * T.float32(1.0 if case.softcap else LOG2E)))
             if case.key_outliers:
                 self._share_query(tile, steps)
         for at in range(case.row_stride * case.value_size // 32 if case.value_outliers else 0):
@@ -385,22 +394,41 @@ class Attend:
             nearest, furthest = T.min(nearest, one), T.max(furthest, one)
         return let(T.max(nearest, 0)), let(furthest)
 
-    def _stage(self, low: Expr, high: Expr, turn: Expr) -> None:
-        """Copy the rotations of a turn's blocks to shared memory."""
+    def _prepare_stages(self, low: Expr) -> None:
+        """Where this thread's pieces of a block's rotations come from and go to."""
         a, case, layout = self.a, self.case, self.layout
-        if case.rotated:
-            pieces, threads = 4 * case.size * layout.blocks, layout.warps * 32
-            row = case.size // 8
-            origin = let(self.batch * a.table_batch * a.table_capacity)
-            for i in range(-(-pieces // threads)):
-                piece = let(i * threads + self.thread)
-                block = let(low + turn * layout.blocks + piece // (BLOCK * row))
-                with T.If(T.And(piece < pieces, block < high)), T.Then():
-                    place = T.truncmod(turn, STAGES) * layout.stage + layout.table
-                    place = place + piece // row * layout.row + piece % row * 16
-                    source = wide(origin + block) * (BLOCK * case.size)
-                    source = source + wide(piece % (BLOCK * row) * 8)
-                    call("async16", address(self.shared, place), address(a.table, source))
+        self.pieces: list[tuple[Expr, Expr, Expr]] = []
+        self.slot = registers(2, "int32")  # of the turn, and of the one to be copied
+        first = let(self.sub * (STAGES * layout.stage))
+        store(self.slot, 0, first)
+        store(self.slot, 1, first)
+        if not case.rotated:
+            return
+        own = let(self.thread - self.sub * (layout.heads * 32))
+        origin = let(wide(self.batch * a.table_batch * a.table_capacity + low + self.sub))
+        row, count, threads = case.size // 8, 4 * case.size, layout.heads * 32
+        for i in range(-(-count // threads)):
+            piece = let(own + i * threads)
+            source = let(origin * (BLOCK * case.size) + wide(piece * 8))
+            place = let(piece // row * layout.row + piece % row * 16)
+            self.pieces.append((piece < count, source, place))
+
+    def _next_slot(self, i: int) -> None:
+        last = self.sub * (STAGES * self.layout.stage) + (STAGES - 1) * self.layout.stage
+        after = self.slot[i] + self.layout.stage
+        store(self.slot, i, T.if_then_else(self.slot[i] < last, after, self.slot[i] - (STAGES - 1) * self.layout.stage))
+
+    def _stage(self, low: Expr, high: Expr, turn: Expr) -> None:
+        """Copy the rotations of a turn's block to shared memory."""
+        if self.pieces:
+            behind = let(turn * self.layout.blocks)
+            inside = low + behind + self.sub < high
+            skipped = let(wide(behind) * (BLOCK * self.case.size))
+            for wanted, source, place in self.pieces:
+                with T.If(T.And(wanted, inside)), T.Then():
+                    target = address(self.shared, self.slot[1] + place)
+                    call("async16", target, address(self.a.table, source + skipped))
+            self._next_slot(1)
         call("async_commit")
 
     def _load_offsets(self, block: Expr, slot: int) -> None:
@@ -488,10 +516,9 @@ class Attend:
                     at = row + (8 * i * layout.row + step * 32)
                     call("copy8", address(turn, 0), address(self.shared, at))
                     cos, sin = let(turn[0]), let(turn[1])
-                    crossed = call("mul2", second, sin), call("mul2", first, sin)
                     first, second = (
-                        call("fma2", first, cos, call("neg2", crossed[0])),
-                        call("fma2", second, cos, crossed[1]),
+                        call("fnma2", second, sin, call("mul2", first, cos)),
+                        call("fma2", first, sin, call("mul2", second, cos)),
                     )
                 operand[0].append(first)
                 operand[1].append(second)
@@ -505,12 +532,16 @@ class Attend:
         at = tile * 8 + i * 2 + e
         score = flash.scores[at]
         if case.key_outliers:
-            row = (8 * tile + 2 * warp.q) % case.row_stride + e
-            place = self.own + self.layout.tile + ((8 * i + warp.g) * case.row_stride + row) * 4
-            word = T.reinterpret("int32", call("read4", address(self.shared, place)))
+            if e == 0:
+                row = (8 * tile + 2 * warp.q) % case.row_stride
+                place = self.own + self.layout.tile + ((8 * i + warp.g) * case.row_stride + row) * 4
+                call("copy8", address(self.pair, 0), address(self.shared, place))
+            word = T.reinterpret("int32", self.pair[e])
             score = score + T.cast(word, "float32") * T.float32(1 / FRACTION)
-        score = self._capped(score * self.row_scale[tile * 2 + e])
-        store(flash.scores, at, score * T.float32(LOG2E))
+        score = score * self.row_scale[tile * 2 + e]
+        if case.softcap:
+            score = self._capped(score) * T.float32(LOG2E)
+        store(flash.scores, at, score)
 
     # outliers
 
@@ -541,7 +572,7 @@ class Attend:
 
         def use(entry: Expr) -> None:
             token, channel = let(entry >> 24), let(entry >> 16 & 255)
-            value = call("float_f16", T.cast(entry & 0xFFFF, "uint32"))
+            value = _residual(entry)
             second = let(channel >= half)
             pair = let(T.if_then_else(second, channel - half, channel))
             zero = T.float32(0)
@@ -567,8 +598,8 @@ class Attend:
         self._each_entry("key", 1, block, use)
         call("sync_warp")
 
-    def _value_outliers(self, block: Expr) -> None:
-        """Add the outliers times the weights into the warp's [row, channel]."""
+    def _value_outliers(self, block: Expr, turn: Expr) -> None:
+        """Add the outliers times the weights into the warp's [row, channel], as integers."""
         case, warp, layout, flash = self.case, self.warp, self.layout, self.flash
         tile = let(self.own + layout.tile)
         call("sync_warp")
@@ -578,40 +609,70 @@ class Attend:
                     place = (8 * i + warp.g) * case.row_stride + 8 * part + 2 * warp.q
                     pair = [call("as_word", flash.scores[part * 8 + i * 2 + e]) for e in range(2)]
                     call("write8", address(self.shared, tile + place * 4), *pair)
+        self._choose_fraction(block, turn)
         call("sync_warp")
         words = registers(4, "uint32")
 
         def use(entry: Expr) -> None:
             token, channel = let(entry >> 24), let(entry >> 16 & 255)
-            value = call("float_f16", T.cast(entry & 0xFFFF, "uint32"))
+            value = let(_residual(entry) * self.fraction[0])
             for start in range(0, case.row_stride, 4):
                 place = tile + (token * case.row_stride + start) * 4
                 call("copy16", address(words, 0), address(self.shared, place))
                 for row in range(min(4, case.rows - start)):
                     place = (start + row) * case.value_size + channel
                     place = self.own + layout.extra + place * 4
-                    part = call("as_float", words[row]) * value
-                    call("atomic_add", address(self.shared, place), part)
+                    part = call("round", call("as_float", words[row]) * value)
+                    call("atomic_add_int", address(self.shared, place), part)
 
         self._each_entry("value", 1, block, use)
+
+    def _choose_fraction(self, block: Expr, turn: Expr) -> None:
+        """Flush before integers can overflow: at most 32 are added to one of them in a turn."""
+        largest = registers(2)
+        store(largest, 0, self.flash.scores[0])
+        for i in range(1, self.case.tiles * 8):
+            store(largest, 0, T.max(largest[0], self.flash.scores[i]))
+        store(largest, 1, T.float32(0))
+
+        def use(entry: Expr) -> None:
+            store(largest, 1, T.max(largest[1], T.abs(_residual(entry))))
+
+        self._each_entry("value", 1, block, use)
+        bound = [
+            call("as_float", call("warp_max_word", call("as_word", largest[i]))) for i in range(2)
+        ]
+        bound_ = let(bound[0] * bound[1])
+        full = T.Or(bound_ * self.fraction[0] > T.float32(2.0**22), turn % 8 == 7)
+        with T.If(full), T.Then():
+            self._flush()
+            least = T.max(bound_, T.float32(2.0**-100))
+            store(self.fraction, 0, T.min(self.fraction[0], T.float32(2.0**21) / least))
+            store(self.fraction, 1, T.float32(1) / self.fraction[0])
+
+    def _flush(self) -> None:
+        """Add the integers [row, channel] to the outputs and clear them."""
+        case, warp, flash = self.case, self.warp, self.flash
+        call("sync_warp")
+        for tile in range(case.tiles):
+            with T.If(8 * tile + 2 * warp.q < case.row_stride), T.Then():
+                for part in range(case.value_size // 16):
+                    for half in range(2):
+                        for e in range(2):
+                            row = 8 * tile + 2 * warp.q + e
+                            place = row * case.value_size + part * 16 + half * 8 + warp.g
+                            place = self.own + self.layout.extra + place * 4
+                            where = address(self.shared, place)
+                            sum_ = T.reinterpret("int32", call("read4", where))
+                            at = (tile * flash.parts + part) * 4 + half * 2 + e
+                            sum_ = T.cast(sum_, "float32") * self.fraction[1]
+                            store(flash.out, at, flash.out[at] + sum_)
+                            call("write4", where, T.uint32(0))
         call("sync_warp")
 
-    def _rescale(self, tile: int, even: Expr, odd: Expr) -> None:
-        """Multiply the warp's outliers [row, channel] as the outputs are."""
-        case, warp = self.case, self.warp
-        for e, factor in enumerate((even, odd)):
-            row = let(8 * tile + 2 * warp.q + e)
-            with T.If(row < case.row_stride), T.Then():
-                for i in range(case.value_size // 8):
-                    place = (row * case.value_size + 8 * i + warp.g) * 4
-                    at = address(self.shared, self.own + self.layout.extra + place)
-                    value = call("as_float", call("read4", at)) * factor
-                    call("write4", at, call("as_word", value))
 
-    def _extra_at(self, row: Expr, channel: Expr) -> Expr:
-        place = T.min(row, self.case.row_stride - 1) * self.case.value_size + channel
-        at = address(self.shared, self.own + self.layout.extra + place * 4)
-        return call("as_float", call("read4", at))
+def _residual(entry: Expr) -> Expr:
+    return call("float_f16", T.cast(entry & 0xFFFF, "uint32"))
 
 
 def _shift(word: Expr, left: int) -> Expr:

@@ -8,6 +8,8 @@ from regraft.kernels.compiled import KernelError
 from regraft.kernels.kvquant.layout import BLOCK
 
 STAGES = 3
+RESERVED = 1024
+"""Bytes that the shared memory may be away from where an address of it is 0."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +63,10 @@ class Layout:
         rows = case.row_stride
         self.row = 2 * case.size
         self.row += (32 - self.row) % 128 if case.rotated else 0
+        self.stage = BLOCK * self.row if case.rotated else 0
         self.table = 256 * 4 ** max(case.key_bits, case.value_bits)
-        stage = self.blocks * BLOCK * self.row if case.rotated else 0
-        self.stage = stage
-        self.own = self.table + STAGES * stage
+        stages = RESERVED + self.blocks * STAGES * self.stage
+        self.own = -(-stages // self.table) * self.table + self.table
         self.query = 4 * case.size
         self.tile = self.query + (2 * case.size * rows if case.key_outliers else 0)
         either = case.key_outliers or case.value_outliers
