@@ -233,8 +233,9 @@ class Attend:
     def _turn(self, block: Expr, low: Expr, high: Expr, turn: Expr, furthest: Expr) -> None:
         a, case, layout, flash, warp = self.a, self.case, self.layout, self.flash, self.warp
         wanted = let(low + turn * layout.blocks + self.sub)
-        stage = let(T.truncmod(turn, STAGES) * layout.stage + layout.table)
-        stage = let(stage + self.sub * (BLOCK * layout.row)) if case.rotated else stage
+        stage = let(self.slot[0])
+        if case.rotated:
+            self._next_slot(0)
         self._load_codes("value", self.values, block)
         store(self.place, 1, self.place[2])
         self._load_entries("value", block)
@@ -469,6 +470,7 @@ class Attend:
         base = let(self._entry_base(kind, block))
         for turn in range(2):
             at = let(low + turn * 32 + self.warp.lane)
+            store(self.entries[kind], turn, self.warp.lane << 24)
             with T.If(at < high), T.Then():
                 word = call("load4", address(self.a.outliers[kind], base + wide(at)))
                 store(self.entries[kind], turn, T.reinterpret("int32", word))
@@ -546,18 +548,17 @@ class Attend:
     # outliers
 
     def _each_entry(self, kind: str, slot: int, block: Expr, use: Any) -> None:
-        """Call use(entry) for each outlier of the block and head, one a lane."""
-        low, high = self._slice(kind, slot)
-        base = let(self._entry_base(kind, block))
+        """Call use(entry) for each outlier of the block and head; lanes without one use a zero."""
         for turn in range(2):
-            with T.If(low + turn * 32 + self.warp.lane < high), T.Then():
-                use(self.entries[kind][turn])
-        rest = let(T.max(high - low - 33, 0) // 32)
-        with T.serial(1, T.max(rest + 1, 1)) as turn:
-            at = let(low + turn * 32 + 32 + self.warp.lane)
-            with T.If(at < high), T.Then():
-                word = call("load4", address(self.a.outliers[kind], base + wide(at)))
-                use(let(T.reinterpret("int32", word)))
+            use(self.entries[kind][turn])
+        low, high = self._slice(kind, slot)
+        with T.If(high - low > 64), T.Then():
+            base = let(self._entry_base(kind, block))
+            with T.serial(2, (high - low + 31) // 32) as turn:
+                at = let(low + turn * 32 + self.warp.lane)
+                with T.If(at < high), T.Then():
+                    word = call("load4", address(self.a.outliers[kind], base + wide(at)))
+                    use(let(T.reinterpret("int32", word)))
 
     def _key_outliers(self, stage: Expr, block: Expr) -> None:
         """Add the outliers' products with the queries into the warp's tile [token, row]."""
