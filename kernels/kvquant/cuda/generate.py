@@ -365,6 +365,7 @@ class Attend:
             for e in range(2):
                 lane = let((2 * warp.q + e) * 4)
                 store(self.row_scale, tile * 2 + e, call("from_lane", norm, lane) * (a.scale * T.float32(1.0 if case.softcap else LOG2E)))
+            self._share_fragments(tile, steps)
             if case.key_outliers:
                 self._share_query(tile, steps)
         for at in range(case.row_stride * case.value_size // 32 if case.value_outliers else 0):
@@ -373,6 +374,16 @@ class Attend:
 
     def _element(self, word: Expr, e: int) -> Expr:
         return call(f"float_{BITS[self.case.dtype]}", word >> T.uint32(16) if e else word)
+
+    def _share_fragments(self, tile: int, steps: int) -> None:
+        """Keep the operands out of the registers, [tile, step, row, q], two words each."""
+        rows = min(8, self.case.row_stride)
+        with T.If(self.warp.g < rows), T.Then():
+            for step in range(steps):
+                pair = [self.query[(tile * steps + step) * 2 + i] for i in range(2)]
+                place = self.own + self.layout.fragment + (tile * steps + step) * rows * 32
+                place = place + self.warp.g * 32 + self.warp.q * 8
+                call("write8", address(self.shared, place), *pair)
 
     def _share_query(self, tile: int, steps: int) -> None:
         """Lay out queries for outliers: of a pair of channels both elements, row by row."""
@@ -504,9 +515,15 @@ class Attend:
         scale = registers(4, "uint32")
         turn = registers(2, "uint32")
         row = let(stage + warp.g * layout.row + warp.q * 8)
+        rows = min(8, case.row_stride)
+        fragment = let(self.own + layout.fragment + warp.g % rows * 32 + warp.q * 8)
+        query = registers(2 * case.tiles, "uint32")
         for step in range(case.size // 16):
             place = self.own + (step * 4 + warp.q) * 16
             call("copy16", address(scale, 0), address(self.shared, place))
+            for tile in range(case.tiles):
+                place = fragment + (tile * (case.size // 16) + step) * rows * 32
+                call("copy8", address(query, 2 * tile), address(self.shared, place))
             operand: list[list[Expr]] = [[], []]
             for i in range(4):
                 pair = (step * 4 + i) * 2
@@ -526,7 +543,7 @@ class Attend:
                 operand[1].append(second)
             for half in range(2):
                 words = [operand[h][2 * half + i] for h in range(2) for i in range(2)]
-                self.flash.add_scores("float16", half, words, self.query, step)
+                self.flash.add_scores("float16", half, words, query, 0)
 
     def _finish_score(self, tile: int, i: int, e: int) -> None:
         """Add the outliers' part, scale, cap; to units of log 2."""

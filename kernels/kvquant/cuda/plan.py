@@ -67,7 +67,8 @@ class Layout:
         self.table = 256 * 4 ** max(case.key_bits, case.value_bits)
         stages = RESERVED + self.blocks * STAGES * self.stage
         self.own = -(-stages // self.table) * self.table + self.table
-        self.query = 4 * case.size
+        self.fragment = 4 * case.size
+        self.query = self.fragment + 2 * case.size * case.tiles * min(8, rows)
         self.tile = self.query + (2 * case.size * rows if case.key_outliers else 0)
         either = case.key_outliers or case.value_outliers
         self.extra = self.tile + (4 * BLOCK * rows if either else 0)
