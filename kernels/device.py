@@ -124,8 +124,7 @@ FUNCTIONS: dict[str, tuple[str, str, str]] = {
         'asm volatile("bar.sync %0, %1;" :: "r"(name), "r"(count) : "memory");',
     ),
     "sync_warp": ("void", "", "__syncwarp();"),
-    "atomic_add": ("void", "void* d, float x", "atomicAdd((float*)d, x);"),
-    "atomic_add_int": ("void", "void* d, int x", "atomicAdd((int*)d, x);"),
+    "atomic_add": ("void", "void* d, int x", "atomicAdd((int*)d, x);"),
 }
 
 

@@ -24,7 +24,7 @@ from regraft.kernels.attention.flash import (
     dense_values,
     merge,
 )
-from regraft.kernels.kvquant.cuda.plan import STAGES, Case, Layout
+from regraft.kernels.kvquant.cuda.plan import STAGES, TILE_ROW, Case, Layout
 from regraft.kernels.kvquant.layout import PLANES, load_bytes
 from regraft.kernels.device import (
     BITS,
@@ -203,6 +203,7 @@ class Attend:
         self.keys = registers(self._words("key"), "uint32")
         self.values = registers(self._words("value"), "uint32")
         self.entries = {kind: registers(2, "int32") for kind in ("key", "value")}
+        self.range = {kind: registers(2, "int32") for kind in ("key", "value")}
         self.token = registers(2, "uint32")
         self.fraction = registers(2)
         store(self.fraction, 0, T.float32(2.0**100))
@@ -244,7 +245,6 @@ class Attend:
         if case.key_outliers:
             self._key_outliers(stage, block)
         flash.clear()
-        self.pair = registers(2, "uint32")
         self._scores(stage)
         following = let(T.min(wanted + layout.blocks, high - 1))
         self._load_offsets(following, 2)
@@ -478,10 +478,12 @@ class Attend:
         if not getattr(self.case, f"{kind}_outliers"):
             return
         low, high = self._slice(kind, 2 if kind == "key" else 1)
+        store(self.range[kind], 0, low)
+        store(self.range[kind], 1, high)
         base = let(self._entry_base(kind, block))
         for turn in range(2):
             at = let(low + turn * 32 + self.warp.lane)
-            store(self.entries[kind], turn, self.warp.lane << 24)
+            store(self.entries[kind], turn, self.warp.lane << 24 | self.warp.lane << 16)
             with T.If(at < high), T.Then():
                 word = call("load4", address(self.a.outliers[kind], base + wide(at)))
                 store(self.entries[kind], turn, T.reinterpret("int32", word))
@@ -551,11 +553,9 @@ class Attend:
         at = tile * 8 + i * 2 + e
         score = flash.scores[at]
         if case.key_outliers:
-            if e == 0:
-                row = (8 * tile + 2 * warp.q) % case.row_stride
-                place = self.own + self.layout.tile + ((8 * i + warp.g) * case.row_stride + row) * 4
-                call("copy8", address(self.pair, 0), address(self.shared, place))
-            word = T.reinterpret("int32", self.pair[e])
+            row = (8 * tile + 2 * warp.q) % case.row_stride + e
+            place = self.own + self.layout.tile + (row * TILE_ROW + 8 * i + warp.g) * 4
+            word = T.reinterpret("int32", call("read4", address(self.shared, place)))
             score = score + T.cast(word, "float32") * T.float32(1 / FRACTION)
         score = score * self.row_scale[tile * 2 + e]
         if case.softcap:
@@ -564,11 +564,11 @@ class Attend:
 
     # outliers
 
-    def _each_entry(self, kind: str, slot: int, block: Expr, use: Any) -> None:
+    def _each_entry(self, kind: str, block: Expr, use: Any) -> None:
         """Call use(entry) for each outlier of the block and head; lanes without one use a zero."""
         for turn in range(2):
             use(self.entries[kind][turn])
-        low, high = self._slice(kind, slot)
+        low, high = let(self.range[kind][0]), let(self.range[kind][1])
         with T.If(high - low > 64), T.Then():
             base = let(self._entry_base(kind, block))
             with T.serial(2, (high - low + 31) // 32) as turn:
@@ -581,9 +581,9 @@ class Attend:
         """Add the outliers' products with the queries into the warp's tile [token, row]."""
         case, warp, layout = self.case, self.warp, self.layout
         tile = let(self.own + layout.tile)
-        for i in range(case.row_stride // 4):
-            place = tile + (i * 32 + warp.lane) * 16
-            call("write16", address(self.shared, place), *[T.uint32(0)] * 4)
+        for i in range(case.row_stride):
+            place = tile + (i * TILE_ROW + warp.lane) * 4
+            call("write4", address(self.shared, place), T.uint32(0))
         call("sync_warp")
         half = case.size // 2
         words = registers(4, "uint32")
@@ -595,9 +595,10 @@ class Attend:
             pair = let(T.if_then_else(second, channel - half, channel))
             zero = T.float32(0)
             if case.rotated:
-                at = let(stage + token * layout.row + pair // 2 * 8 + pair % 2 * 2)
-                cos = call("float_f16", call("read2", address(self.shared, at)))
-                sin = call("float_f16", call("read2", address(self.shared, at + 4)))
+                at = let(stage + token * layout.row + pair // 2 * 8)
+                call("copy8", address(words, 0), address(self.shared, at))
+                odd = let(T.cast(pair % 2 * 16, "uint32"))
+                cos, sin = (call("float_f16", words[i] >> odd) for i in range(2))
                 x = let(T.if_then_else(second, -sin, cos) * value * T.float32(FRACTION))
                 y = let(T.if_then_else(second, cos, sin) * value * T.float32(FRACTION))
             else:
@@ -609,11 +610,11 @@ class Attend:
                 for row in range(4):
                     a = call("float_f16", words[row])
                     b = call("float_f16", words[row] >> T.uint32(16))
-                    place = tile + (token * case.row_stride + start + row) * 4
+                    place = tile + ((start + row) * TILE_ROW + token) * 4
                     part = call("round", a * x + b * y)
-                    call("atomic_add_int", address(self.shared, place), part)
+                    call("atomic_add", address(self.shared, place), part)
 
-        self._each_entry("key", 1, block, use)
+        self._each_entry("key", block, use)
         call("sync_warp")
 
     def _value_outliers(self, block: Expr, turn: Expr) -> None:
@@ -641,9 +642,9 @@ class Attend:
                     place = (start + row) * case.value_size + channel
                     place = self.own + layout.extra + place * 4
                     part = call("round", call("as_float", words[row]) * value)
-                    call("atomic_add_int", address(self.shared, place), part)
+                    call("atomic_add", address(self.shared, place), part)
 
-        self._each_entry("value", 1, block, use)
+        self._each_entry("value", block, use)
 
     def _choose_fraction(self, block: Expr, turn: Expr) -> None:
         """Flush before integers can overflow: at most 32 are added to one of them in a turn."""
@@ -656,7 +657,7 @@ class Attend:
         def use(entry: Expr) -> None:
             store(largest, 1, T.max(largest[1], T.abs(_residual(entry))))
 
-        self._each_entry("value", 1, block, use)
+        self._each_entry("value", block, use)
         bound = [
             call("as_float", call("warp_max_word", call("as_word", largest[i]))) for i in range(2)
         ]

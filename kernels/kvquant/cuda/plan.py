@@ -8,6 +8,8 @@ from regraft.kernels.compiled import KernelError
 from regraft.kernels.kvquant.layout import BLOCK
 
 STAGES = 3
+TILE_ROW = 40
+"""Words of a row of the tile of 32 tokens, so that rows 2 * q of 8 tokens lie in other banks."""
 RESERVED = 1024
 """Bytes that the shared memory may be away from where an address of it is 0."""
 
@@ -71,7 +73,7 @@ class Layout:
         self.query = self.fragment + 2 * case.size * case.tiles * min(8, rows)
         self.tile = self.query + (2 * case.size * rows if case.key_outliers else 0)
         either = case.key_outliers or case.value_outliers
-        self.extra = self.tile + (4 * BLOCK * rows if either else 0)
+        self.extra = self.tile + (4 * TILE_ROW * rows if either else 0)
         self.each = self.extra + (4 * case.value_size * rows if case.value_outliers else 0)
         self.bytes = self.own + self.warps * self.each
 
