@@ -97,9 +97,17 @@ FUNCTIONS: dict[str, tuple[str, str, str]] = {
     ),
     "float_bf16": (FLOAT, "unsigned a", "return __uint_as_float(a << 16);"),
     "round": ("int", "float x", "return __float2int_rn(x);"),
-    "exp2": (FLOAT, "float x", 'float d; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(x)); return d;'),
+    "exp2": (
+        FLOAT,
+        "float x",
+        'float d; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(x)); return d;',
+    ),
     "log2": (FLOAT, "float x", "return __log2f(x);"),
-    "tanh": (FLOAT, "float x", 'float d; asm("tanh.approx.f32 %0, %1;" : "=f"(d) : "f"(x)); return d;'),
+    "tanh": (
+        FLOAT,
+        "float x",
+        'float d; asm("tanh.approx.f32 %0, %1;" : "=f"(d) : "f"(x)); return d;',
+    ),
     "as_float": (FLOAT, "unsigned x", "return __uint_as_float(x);"),
     "as_word": (WORD, "float x", "return __float_as_uint(x);"),
     "any": ("int", "int x", "return __any_sync(~0u, x);"),
@@ -132,9 +140,7 @@ def call(name: str, *arguments: Expr) -> Expr:
     """Emit a call of one of FUNCTIONS; its result is bound to a variable."""
     result, parameters, body = FUNCTIONS[name]
     source = f"__device__ __forceinline__ {result} rg_{name}({parameters}) {{ {body} }}\n"
-    value = cuda_func_call(
-        f"rg_{name}", *arguments, source_code=source, return_type=TYPES[result]
-    )
+    value = cuda_func_call(f"rg_{name}", *arguments, source_code=source, return_type=TYPES[result])
     if result == "void":
         return T.evaluate(value)
     return T.Bind(value)

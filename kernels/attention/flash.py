@@ -201,7 +201,7 @@ def dense_query(q: Any, base: Expr, first: Expr, rows: int, size: int, tiles: in
 def dense_scores(
     flash: Flash, dtype: str, k: Any, base: Expr, last: Expr, query: Any, size: int
 ) -> None:
-    """Set the scores of 32 tokens of k, rows of ``size`` elements from base; last is the highest."""
+    """Set the scores of 32 tokens of k, rows of ``size`` elements from base; last: the highest."""
     width, warp = _width(size), flash.warp
     loads = size // (4 * width)
     words = registers(loads * 4 * width // 2, "uint32")
@@ -239,7 +239,9 @@ def dense_values(flash: Flash, dtype: str, v: Any, base: Expr, last: Expr, size:
         for channel in range(width):
             for step in range(2):
 
-                def pair(place: int, half: int, step=step, channel=channel) -> Expr:
+                def pair(
+                    place: int, half: int, step=step, channel=channel, stride=stride, words=words
+                ) -> Expr:
                     at = [((step * 4 + place + e) * 2 + half) * stride for e in range(2)]
                     selector = 0x7632 if channel % 2 else 0x5410
                     both = [words[x + channel // 2] for x in at]

@@ -17,9 +17,9 @@ PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
 def pack(codes: Tensor, bits: int, kind: str, layout: str) -> Tensor:
     """Pack uint8 codes [..., 32, D] below 2**bits into uint8 [..., 32 * D * bits / 8].
 
-    "llvm", keys: channels go in pairs (p, p + D/2), those that a rotation turns together, with a row
-    of 32 tokens for each byte of a token. Values: 16-bit words [token group, channel, token parity],
-    whose codes are every other token.
+    "llvm", keys: channels go in pairs (p, p + D/2), those that a rotation turns together; a row of
+    32 tokens for each byte of a token. Values: 16-bit words [token group, channel, parity], whose
+    codes are every other token.
     "cuda": what lane 4 * g + q of a warp feeds to mma.m16n8k16, in loads of ``load_bytes`` a lane.
     Keys: [D/16, i, h, e] is token 8 * i + g, channel h * D/2 + 8 * step + 2 * q + e. Values:
     [D/8, j, e] is token 8 * j + 2 * q + e of channel 8 * part + g.

@@ -5,6 +5,7 @@ Raises KernelError where there is no kernel: the reference can take its place.
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import Any
 
@@ -17,7 +18,7 @@ from regraft.kernels.kvquant.layout import BLOCK
 from regraft.kernels.kvquant.reference import Body
 
 SIZES = (64, 80, 96, 128, 256)
-PROLOGUE = 2.0
+PROLOGUE = 4
 """Turns that the start and the end of a block of threads cost as much as."""
 
 
@@ -108,7 +109,7 @@ def _splits(layout: Layout, device: torch.device, batch: int, blocks: int, exact
     places = batch * layout.places
 
     def cost(splits: int) -> float:
-        waves = -(-places * (splits + bool(exact)) // processors)
+        waves = math.ceil(places * (splits + bool(exact) / 4) / processors)
         return waves * (-(-turns // splits) + PROLOGUE)
 
     return min(range(1, min(turns, 4 * processors) + 1), key=cost)

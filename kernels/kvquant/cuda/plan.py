@@ -74,7 +74,8 @@ class Layout:
         self.tile = self.query + (2 * case.size * rows if case.key_outliers else 0)
         either = case.key_outliers or case.value_outliers
         self.extra = self.tile + (4 * TILE_ROW * rows if either else 0)
-        self.each = self.extra + (4 * case.value_size * rows if case.value_outliers else 0)
+        self.sums = case.value_size + 4
+        self.each = self.extra + (4 * self.sums * rows if case.value_outliers else 0)
         self.bytes = self.own + self.warps * self.each
 
     @property
