@@ -2,6 +2,7 @@
 
 SUITES = {
     "decode": "regraft.benchmarks.decode",
+    "attention": "regraft.benchmarks.attention",
     "capture": "regraft.benchmarks.capture",
     "cuda": "regraft.benchmarks.cuda",
     "perplexity": "regraft.benchmarks.perplexity",

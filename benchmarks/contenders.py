@@ -25,7 +25,13 @@ from regraft.program import RegraftError
 
 EAGER, COMPILED, DENSE, QUANTIZED = "eager", "torch.compile", "regraft dense", "regraft 4-bit"
 ONNX = "onnxruntime"
-NAMES = (EAGER, COMPILED, DENSE, QUANTIZED, ONNX)
+CODED: dict[str, dict[str, Any]] = {
+    QUANTIZED: {"bits": 4, "outliers": 0.0},
+    "regraft 4-bit 1 %": {"bits": 4},
+    "regraft 2-bit 1 %": {"bits": 2},
+}
+"""Settings of KVQuant, without calibration."""
+NAMES = (EAGER, COMPILED, DENSE, *CODED, ONNX)
 PROMPT, THREADS = 512, 2
 
 KeysValues = Sequence[tuple[Tensor, Tensor]]
@@ -57,7 +63,7 @@ def build(name: str, model: Any, onnx: Path | None = None) -> Contender:
         if onnx is None:
             raise RegraftError("onnxruntime needs the folder of an export")
         return onnx_contender(onnx)
-    compiled = regraft.compile(model, [regraft.KVQuant(bits=4)] if name == QUANTIZED else [])
+    compiled = regraft.compile(model, [regraft.KVQuant(**CODED[name])] if name in CODED else [])
     return Contender(_caller(compiled), lambda room: compiled.new_cache())
 
 

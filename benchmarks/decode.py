@@ -215,8 +215,8 @@ def _checks(config: Any, rows: list[dict]) -> list[Check]:
     half = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2
     deepest = DEPTHS[-1]
 
-    def gain(over: str, test: str, depth: int) -> float | None:
-        ours, theirs = speed.get((DENSE, test, depth)), speed.get((over, test, depth))
+    def gain(over: str, test: str, depth: int, name: str = DENSE) -> float | None:
+        ours, theirs = speed.get((name, test, depth)), speed.get((over, test, depth))
         return ours / theirs if ours and theirs else None
 
     deep = kept.get((QUANTIZED, deepest))
@@ -225,6 +225,9 @@ def _checks(config: Any, rows: list[dict]) -> list[Check]:
         Check.at_least("decode at 1K, dense / eager", gain(EAGER, "tg", 1024), 1.5),
         Check.at_least("decode at 1K, dense / torch.compile", gain(COMPILED, "tg", 1024), 1.4),
         Check.at_least("decode at 8K, dense / eager", gain(EAGER, "tg", deepest), 1.5),
+        Check.at_least(
+            "decode at 8K, 4-bit / torch.compile", gain(COMPILED, "tg", deepest, QUANTIZED), 2.0
+        ),
         Check.at_least("prefill, dense / eager", gain(EAGER, "pp", 0), 1.0),
         Check.at_least("prefill, dense / torch.compile", gain(COMPILED, "pp", 0), 1.0),
         Check.at_most("compile seconds, cold", cold, 30),

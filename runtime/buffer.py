@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -94,6 +96,7 @@ class RotationTable:
         self._exact = Buffer(), Buffer()
         self._packed = Buffer(1, 1.0)
         self._start, self._gone = 0, 0
+        self._last: Any = None, None
 
     @property
     def length(self) -> int:
@@ -108,12 +111,19 @@ class RotationTable:
         """Channel pairs that are rotated."""
         return self._exact[0].view.shape[-1]
 
-    def rows(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [B or 1, stop - start, r/2] of positions that are not packed."""
-        cos, sin = (
-            buffer.view[:, start - self._gone : stop - self._gone] for buffer in self._exact
-        )
-        return cos, sin
+    def rows(self, start: int, stop: int, pairs: int | None = None) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [B or 1, stop - start, r/2 or pairs] of positions not packed away.
+
+        Pairs beyond those that are rotated have cosine 1.
+        """
+        wanted = start, stop, pairs or self.pairs
+        if self._last[0] != wanted:
+            here = slice(start - self._gone, stop - self._gone)
+            cos, sin = (buffer.view[:, here] for buffer in self._exact)
+            if rest := wanted[2] - self.pairs:
+                cos, sin = F.pad(cos, (0, rest), value=1.0), F.pad(sin, (0, rest))
+            self._last = wanted, (cos, sin)
+        return self._last[1]
 
     def append(self, cos: Tensor, sin: Tensor) -> None:
         """Add the rows cos, sin [B or 1, S, r/2] of S new positions."""
@@ -123,6 +133,7 @@ class RotationTable:
                 buffer.drop(0, packed - self._gone)
             buffer.append(x)
         self._gone = max(packed, self._gone)
+        self._last = None, None
 
     def packed(self, start: int, blocks: int, pairs: int, layout: str) -> Tensor:
         """The rows of ``blocks`` blocks of 32 positions from start on, see ``pack_table``.
@@ -132,8 +143,8 @@ class RotationTable:
         self._start = start
         if (new := blocks - self._packed.length) > 0:
             first = start + BLOCK * self._packed.length
-            cos, sin = full_rows(*self.rows(first, first + BLOCK * new), pairs)
-            self._packed.append(pack_table(cos, sin, layout))
+            rows = self.rows(first, first + BLOCK * new, pairs)
+            self._packed.append(pack_table(*rows, layout))
         assert self._packed.data is not None
         return self._packed.data
 
@@ -143,23 +154,19 @@ class RotationTable:
             return self.reset()
         for buffer in self._exact:
             buffer.truncate(length - self._gone)
+        self._last = None, None
 
     def reorder(self, index: Tensor) -> None:
         """Select batch rows; a table shared by the batch (B = 1) stays shared."""
         for buffer in (*self._exact, self._packed):
             if buffer.batch > 1:
                 buffer.reorder(index)
+        self._last = None, None
 
     def reset(self) -> None:
         for buffer in (*self._exact, self._packed):
             buffer.reset()
-        self._gone = 0
-
-
-def full_rows(cos: Tensor, sin: Tensor, pairs: int) -> tuple[Tensor, Tensor]:
-    """Rows [B, S, pairs] that leave the pairs beyond those of cos and sin as they are."""
-    rest = (0, pairs - cos.shape[-1])
-    return F.pad(cos, rest, value=1.0), F.pad(sin, rest)
+        self._gone, self._last = 0, (None, None)
 
 
 def check_length(length: int, current: int) -> None:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
 
 from regraft.kernels.attention.reference import attention
+from regraft.kernels.kvquant import dispatch, reference
 from regraft.kernels.kvquant.codebook import Codebook, fixed
 from regraft.kernels.kvquant.layout import BLOCK, pack, unpack_table
 from regraft.kernels.kvquant.reference import (
     Body,
     Packed,
-    attend,
     cap,
     dequantize,
     pack_outliers,
@@ -23,7 +23,7 @@ from regraft.kernels.kvquant.reference import (
     ranges,
 )
 from regraft.kernels.rotary.reference import rotate
-from regraft.runtime.buffer import Buffer, RotationTable, check_length, full_rows
+from regraft.runtime.buffer import Buffer, RotationTable, check_length
 
 VERIFIED = 16
 """The most tokens of a step that attends without decoding the body."""
@@ -128,8 +128,11 @@ class QuantizedLayer:
     left-padded batch a row's sink are its own first tokens: its padding follows them.
     """
 
-    def __init__(self, key: Coding, value: Coding, sink: int = 4, tail: int = 32) -> None:
+    def __init__(
+        self, key: Coding, value: Coding, sink: int = 4, tail: int = 32, kernels: bool = True
+    ) -> None:
         self.sink, self.tail = sink, tail
+        self._attend = dispatch.attend if kernels else reference.attend
         self.key, self.value = Store("key", key), Store("value", value)
         self._exact = Buffer(8, 1.0), Buffer(8, 1.0)
         self._slots: Tensor | None = None
@@ -202,8 +205,8 @@ class QuantizedLayer:
             q, k = q[..., order], k[..., order]
             self.key.arrange(order)
         if table is not None:
-            cos, sin = full_rows(*table.rows(start, start + q.shape[2]), size // 2)
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            cos, sin = table.rows(start, start + q.shape[2], size // 2)
+            q, k = rotate(torch.cat((q, k), 1), cos, sin).tensor_split([q.shape[1]], 1)
         if mask is not None and not start:
             self._slots = _sinks_first(mask, self.sink)
         if self._slots is not None:
@@ -215,9 +218,9 @@ class QuantizedLayer:
         scale = size**-0.5 if scale is None else scale
         seen = self._seen(q, mask) if self.blocks and not softcap else None
         if seen is not None:
-            column = q.new_full((q.shape[1],), float("-inf")) if sinks is None else sinks.flatten()
+            column = _none(q.shape[1], q.device) if sinks is None else sinks.flatten().float()
             exact = (buffer.view for buffer in self._exact)
-            out = attend(q, self.body(table), *exact, *seen, column.float(), scale)
+            out = self._attend(q, self.body(table), *exact, *seen, column, scale)
         else:
             out = attention(q, *self._all(table), mask, scale, softcap, sinks)
         if k.shape[2] > self.tail:
@@ -276,7 +279,7 @@ class QuantizedLayer:
         k, v = (buffer.view[:, :, self.sink : self.sink + count] for buffer in self._exact)
         if table is not None:
             start = self.sink + BLOCK * self.blocks
-            cos, sin = full_rows(*table.rows(start, start + count), k.shape[-1] // 2)
+            cos, sin = table.rows(start, start + count, k.shape[-1] // 2)
             square = (cos * cos + sin * sin).repeat(1, 1, 2).unsqueeze(1)
             k = rotate(k.float(), cos, -sin) / square
         self.key.append(k)
@@ -308,11 +311,7 @@ class QuantizedLayer:
         if rows > VERIFIED:
             return None
         if mask is None:
-            exact = q.new_zeros(batch, rows, count, dtype=torch.float32)
-            if rows > 1:
-                later = torch.ones(rows, rows, dtype=torch.bool, device=q.device).triu(1)
-                exact[..., -rows:].masked_fill_(later, float("-inf"))
-            return exact, torch.zeros(batch, rows, dtype=torch.int32, device=q.device)
+            return _causal(batch, rows, count, q.device)
         if mask.dtype != torch.bool or mask.shape[1] != 1:
             return None
         mask = mask[:, 0].expand(batch, -1, -1)
@@ -322,6 +321,19 @@ class QuantizedLayer:
             return None
         exact = torch.cat((sink, tail), -1)
         return torch.where(exact, 0.0, float("-inf")), first.int()
+
+
+@lru_cache(64)
+def _causal(batch: int, rows: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What ``rows`` queries see, the last of them the last of ``count`` exact tokens."""
+    later = torch.ones(rows, count, dtype=torch.bool, device=device).triu(count - rows + 1)
+    exact = torch.where(later, float("-inf"), 0.0).repeat(batch, 1, 1)
+    return exact, torch.zeros(batch, rows, dtype=torch.int32, device=device)
+
+
+@cache
+def _none(heads: int, device: torch.device) -> Tensor:
+    return torch.full((heads,), float("-inf"), device=device)
 
 
 def _sinks_first(mask: Tensor, sink: int) -> Tensor | None:

@@ -165,14 +165,15 @@ def dequantize(body: Body, kind: str, dtype: torch.dtype = torch.float32) -> Ten
     packed = body.key if kind == "key" else body.value
     codes = unpack(packed.codes[:, :, : body.blocks], packed.bits, packed.size, kind, packed.layout)
     levels = packed.levels.to(dtype) * packed.unit
-    out = levels[codes.flatten(2, 3).int()]
+    codes = codes.flatten(2, 3)
+    out = levels.index_select(0, codes.flatten().int()).view(codes.shape)
     scale, zero = packed.scale, packed.zero
     if kind == "value":
         scale, zero = (x[:, : body.blocks].flatten(1)[:, None, :, None] for x in (scale, zero))
     elif body.group:
         length = out.shape[2]
         scale, zero = (x.repeat_interleave(body.group, 2)[:, :, :length] for x in (scale, zero))
-    out = out * scale.to(dtype) + zero.to(dtype)
+    out.mul_(scale.to(dtype)).add_(zero.to(dtype))
     return out if packed.outliers is None else out + unpack_outliers(packed, body.blocks).to(dtype)
 
 
