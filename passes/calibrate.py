@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, fx
 
 from regraft.kernels.kvquant.codebook import Codebook, fitted, fixed, q_norm
-from regraft.kernels.kvquant.reference import cap, quantize_keys, quantize_values
+from regraft.kernels.kvquant.reference import cap, key_outliers, quantize_values
 from regraft.kernels.kvquant.simulate import read_keys, read_values
 from regraft.passes.recorder import record
 from regraft.program import Program, RegraftError
 from regraft.program.program import source_of
 
-LENGTH, GRADIENTS, ROUNDS = 2048, 4, 4
+LENGTH, GRADIENTS, ROUNDS = 2048, 4, 3
 KINDS = ("key", "value")
 """Where cached_attention has them: arguments 1 and 2."""
 
@@ -33,22 +33,22 @@ class Samples:
 
 @dataclass(frozen=True, eq=False)
 class Fit:
-    """A codebook, its share of outliers, for keys float16 scale and zero [1, H, 1, D], and the
-    error expected of them: what they add to the loss of a token."""
+    """A codebook, its share of outliers, the error expected of them (what they add to the loss of
+    a token), and for keys float16 scale, zero and weight of each channel [1, H, 1, D]."""
 
     book: Codebook
     outliers: float
     error: float
     scale: Tensor | None = None
     zero: Tensor | None = None
+    weight: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """All but the share and the error, by name; the codebook's unit as float32 []."""
         unit = torch.tensor(self.book.unit)
         found = {"levels": self.book.levels, "midpoints": self.book.midpoints, "unit": unit}
-        if self.scale is not None and self.zero is not None:
-            found |= {"scale": self.scale, "zero": self.zero}
-        return found
+        ranged = {"scale": self.scale, "zero": self.zero, "weight": self.weight}
+        return found | {name: x for name, x in ranged.items() if x is not None}
 
 
 def pieces(calibration: Sequence[Any], vocabulary: int | None) -> list[Tensor]:
@@ -122,7 +122,7 @@ def fit(kind: str, samples: Samples, bits: int, outliers: float, qnorm: bool) ->
 
     Source: KVQuant (arXiv 2401.18079), whose keys are ranged by quantiles and whose codebook
     minimises the error weighted by squared gradients and ranges (Eq. 7). Here it is fitted to
-    what the format leaves to codes, and the ranges of keys are then fitted to it in turn.
+    what outliers leave to codes, and the ranges of keys are then fitted to it, in turn.
     """
     tokens = samples.weight.shape[2]
     if tokens < (needed := 16 * min(2**bits, 16)):
@@ -133,39 +133,42 @@ def fit(kind: str, samples: Samples, bits: int, outliers: float, qnorm: bool) ->
     channels = samples.x.shape[1] * samples.x.shape[3]
     count = cap(outliers, channels)
     x = samples.x[:, :, :tokens].float()
-    scale: Tensor | None = None
-    zero: Tensor | None = None
+    ranges: list[Tensor] = []
     if kind == "key":
-        book, scale, zero, y, weight = _fit_keys(samples, x, bits, outliers, count)
+        book, *ranges, y, weight = _fit_keys(samples, x, bits, outliers, count)
     else:
         book, y, weight = _fit_values(samples, x, bits, count)
     if qnorm:
         book = q_norm(book, y, (weight > 0).float())
-    if scale is not None and zero is not None:
-        read = read_keys(x, scale, zero, book, count)
+    if kind == "key":
+        scale, zero, sensitivity = ranges
+        read = read_keys(x, scale, zero, book, count, sensitivity)
     else:
         read = read_values(x, book, count)
     error = float((samples.weight * (x - read).square()).sum()) / (2 * tokens)
-    return Fit(book, outliers, error, scale, zero)
+    return Fit(book, outliers, error, *ranges)
 
 
 def _fit_keys(
     samples: Samples, x: Tensor, bits: int, outliers: float, count: int
-) -> tuple[Codebook, Tensor, Tensor, Tensor, Tensor]:
-    """Codebook, scale and zero, and the normalised keys with their weights, 0 for outliers."""
-    scale, zero = _quantiles(samples.x, outliers)
-    book = fixed("uniform", bits)
+) -> tuple[Codebook, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Codebook, scale, zero, weights of channels; normalised keys and their weights, 0 for
+    outliers."""
+    scale, zero = quantiles(samples.x, outliers)
+    channels = samples.weight.mean(2, keepdim=True).sqrt()
+    channels = (channels / channels.max().clamp(min=1e-30)).half()
+    inside = (x - zero.float()).abs() <= scale
+    coded = inside if count else torch.ones_like(inside)
     for turn in range(ROUNDS + 1):
         divisor = torch.where(scale == 0, 1.0, scale.float())
-        residual = quantize_keys(x, scale, zero, book, count)[1]
-        weight = samples.weight if residual is None else samples.weight * (residual == 0)
-        y = (x - zero.float()) / divisor
-        if bits == 8:
+        y, weight = (x - zero.float()) / divisor, samples.weight * coded
+        book = fixed("uniform", 8) if bits == 8 else fitted(y, weight * divisor.square(), bits)
+        if bits == 8 or turn == ROUNDS:
             break
-        book = fitted(y, weight * divisor.square(), bits)
-        if turn < ROUNDS:
-            scale, zero = _regress(x, book.decode(book.encode(y)), weight, scale, zero)
-    return book, scale, zero, y, weight
+        level = book.decode(book.encode(y))
+        scale, zero = _regress(x, level, weight, scale, zero)
+        coded = ~key_outliers(x, level * scale.float() + zero.float(), count, channels)
+    return book, scale, zero, channels, y, weight
 
 
 def _fit_values(
@@ -180,7 +183,7 @@ def _fit_values(
     return (book if bits == 8 else fitted(y, weight * scale.square(), bits)), y, weight
 
 
-def _quantiles(x: Tensor, outliers: float) -> tuple[Tensor, Tensor]:
+def quantiles(x: Tensor, outliers: float) -> tuple[Tensor, Tensor]:
     """float16 scale and zero [1, H, 1, D] of the range without the share of each channel."""
     flat = x.float().transpose(2, 3).contiguous().numpy()
     out = int(outliers / 2 * flat.shape[-1])

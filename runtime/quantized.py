@@ -31,7 +31,8 @@ class Coding:
     """How keys or values are coded: bits a code, codebook, share of outliers.
 
     scale, zero: float16 [1, H, 1, D] of calibrated keys; None: ranges of ``group`` tokens (a
-    multiple of 32) for keys, of each token for values.
+    multiple of 32) for keys, of each token for values. weight: float16 [1, H, 1, D], what errors
+    of a key's channels cost; it chooses the outliers.
     """
 
     bits: int
@@ -40,6 +41,7 @@ class Coding:
     scale: Tensor | None = None
     zero: Tensor | None = None
     group: int = 64
+    weight: Tensor | None = None
 
     def to(self, device: torch.device) -> Coding:
         book = replace(
@@ -47,8 +49,9 @@ class Coding:
             midpoints=self.book.midpoints.to(device),
             levels=self.book.levels.to(device),
         )
-        scale, zero = (None if x is None else x.to(device) for x in (self.scale, self.zero))
-        return replace(self, book=book, scale=scale, zero=zero)
+        tensors = (self.scale, self.zero, self.weight)
+        scale, zero, weight = (None if x is None else x.to(device) for x in tensors)
+        return replace(self, book=book, scale=scale, zero=zero, weight=weight)
 
 
 class Store:
@@ -76,8 +79,9 @@ class Store:
         if self.kind == "key" and coding.scale is None:
             scales = [s.squeeze(3) for s in ranges(x.unflatten(2, (-1, coding.group)), 3)]
         made = self._quantize(
-            self.kind, x, coding.book, coding.bits, coding.outliers, self.layout, *scales
-        )
+            self.kind, x, coding.book, coding.bits, coding.outliers, self.layout, *scales,
+            coding.weight,
+        )  # fmt: skip
         parts = [made.codes, made.scale, made.zero, made.outliers, made.offsets]
         for buffer, part in zip(self.buffers, parts, strict=True):
             if part is not None and part is not coding.scale and part is not coding.zero:
@@ -91,8 +95,9 @@ class Store:
     def arrange(self, order: Tensor) -> None:
         """Bring calibrated channels into this order, once."""
         if self.coding.scale is not None and self.coding.zero is not None and not self.arranged:
-            scale, zero = self.coding.scale[..., order], self.coding.zero[..., order]
-            self.coding = replace(self.coding, scale=scale, zero=zero)
+            tensors = (self.coding.scale, self.coding.zero, self.coding.weight)
+            scale, zero, weight = (None if x is None else x[..., order] for x in tensors)
+            self.coding = replace(self.coding, scale=scale, zero=zero, weight=weight)
         self.arranged = True
 
     @property

@@ -50,7 +50,7 @@ class Codebook:
 
     def encode(self, y: Tensor) -> Tensor:
         """uint8 codes of normalised values, in their shape."""
-        return torch.bucketize(y.float(), self.midpoints.to(y.device)).to(torch.uint8)
+        return torch.bucketize(y.float().contiguous(), self.midpoints.to(y.device)).to(torch.uint8)
 
     def decode(self, codes: Tensor) -> Tensor:
         """float32 values of codes, in their shape."""

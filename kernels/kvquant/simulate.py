@@ -13,9 +13,16 @@ from regraft.kernels.kvquant.codebook import Codebook
 from regraft.kernels.kvquant.reference import quantize_keys, quantize_values, ranges
 
 
-def read_keys(k: Tensor, scale: Tensor, zero: Tensor, book: Codebook, count: int = 0) -> Tensor:
+def read_keys(
+    k: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    book: Codebook,
+    count: int = 0,
+    weight: Tensor | None = None,
+) -> Tensor:
     """float32 [B, H, T, D] of unrotated keys; see ``quantize_keys``."""
-    codes, residual = quantize_keys(k, scale, zero, book, count)
+    codes, residual = quantize_keys(k, scale, zero, book, count, weight)
     return _read(book, codes, scale, zero, residual)
 
 

@@ -18,7 +18,7 @@ KEY = "regraft calibration"
 
 def save_calibration(cache: CacheSpec, path: str | Path) -> None:
     """Write what ``KVQuant(calibration=path)`` reads; RegraftError where nothing was calibrated."""
-    tensors = {name: x.cpu().contiguous() for name, x in cache_tensors(cache).items()}
+    tensors = {name: x.cpu().clone() for name, x in cache_tensors(cache).items()}
     if not tensors:
         raise RegraftError("this cache was not calibrated: compile with KVQuant and calibration=")
     layers = json.dumps([layer_to_json(layer) for layer in cache.layers])
