@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from regraft.kernels.compiled import LEVELS, KernelError, cpu_level, kernel
-from regraft.kernels.kvquant.reference import Body
+from regraft.kernels.kvquant.reference import Body, Levels
 
 SIZES = (64, 80, 96, 128, 256)
 
@@ -137,3 +137,64 @@ def _kernel(
         return generate.make(generate.Shape(*key))
 
     return kernel("attend", make, LEVELS[level], key)
+
+
+def append_keys(
+    x: Tensor, scale: Tensor, zero: Tensor, book: Levels, bits: int, group: int = 0, count: int = 0
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Code whole blocks of keys x [B, H, 32 * n, D], not rotated, in the layout "llvm".
+
+    scale, zero: float16 [1 or B, H, groups, D], a row for ``group`` tokens (a multiple of 32) or,
+    with 0, for all. Returns the codes uint8 [B, H, n, 32 * D * bits / 8] and, with at most
+    ``count`` outliers a token, their entries int32 [B, n, 32 * count] and offsets int32
+    [B, n, H + 1], else None twice: the reference's, bit for bit. Of equally far outliers the
+    first channels stay. Raises KernelError for bits not in 2, 3, 4, head sizes that are not
+    multiples of 16, and where nothing can be compiled.
+    """
+    x, codes, found = _room(x, bits, count)
+    function = _append_kernel("key", x.shape[1], x.shape[3], bits, count)
+    per_row = group // 32 or 1 << 40
+    function(x, codes, book.midpoints, book.levels, book.unit, per_row, scale, zero, *found)
+    return (codes, found[1], found[2]) if found else (codes, None, None)
+
+
+def append_values(
+    x: Tensor, book: Levels, bits: int, count: int = 0
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Codes, scale and zero (float16 [B, n, 32]), entries and offsets of values: ``append_keys``
+    with the ranges of tokens, whose ``count`` largest and smallest values are outliers.
+
+    Of equal ones the first channels count as larger.
+    """
+    x, codes, found = _room(x, bits, count)
+    function = _append_kernel("value", x.shape[1], x.shape[3], bits, count)
+    scale, zero = (codes.new_empty(len(x), codes.shape[2], 32, dtype=torch.half) for _ in "sz")
+    function(x, codes, book.midpoints, book.levels, book.unit, scale, zero, *found)
+    return (codes, scale, zero, *(found[1:] or (None, None)))
+
+
+def _room(x: Tensor, bits: int, count: int) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """x as kernels read it, room for its codes, and for outliers: channels, entries, offsets."""
+    x = x.float()
+    x = x if x.stride(3) == 1 else x.contiguous()
+    batch, heads, length, size = x.shape
+    blocks = length // 32
+    codes = torch.empty(batch, heads, blocks, 4 * size * bits, dtype=torch.uint8)
+    if not count:
+        return x, codes, []
+    parts = ((32, count + 2), (32 * count,), (heads + 1,))
+    return x, codes, [torch.empty(batch, blocks, *part, dtype=torch.int32) for part in parts]
+
+
+@cache
+def _append_kernel(kind: str, heads: int, size: int, bits: int, count: int) -> Any:
+    if size % 16 or bits not in (2, 3, 4):
+        raise KernelError(f"no CPU kernel codes heads of {size} in {bits} bits")
+    key = (kind, heads, size, bits, count)
+
+    def make() -> Any:
+        from regraft.kernels.kvquant.llvm import append
+
+        return append.make(append.Shape(*key))
+
+    return kernel("append", make, LEVELS[cpu_level()], key)

@@ -1,0 +1,366 @@
+"""Quantising and packing blocks of 32 tokens: the kernels for processors.
+
+A task is one block of one sequence, all heads: choose each token's outliers, write its codes, then
+the outliers' residuals in order. Numbers are the reference's, bit for bit: the same operations on
+float32 in the same order, none of them fused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx as T
+
+from regraft.kernels.kvquant.layout import PLANES
+from regraft.kernels.kvquant.llvm.largest import Largest, any_lane
+from regraft.kernels.kvquant.llvm.simd import (
+    Expr,
+    Floats,
+    Registers,
+    call,
+    divided,
+    fill,
+    gather,
+    get,
+    load,
+    local,
+    loop,
+    opaque,
+    parallel,
+    put,
+    store,
+    suffix,
+)
+
+TOKENS, LANES = 32, 8
+FLOATS = Floats(LANES)
+HALF_MAX = 65504.0
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a kernel is generated for; count: outliers of a token at most."""
+
+    kind: str
+    heads: int
+    size: int
+    bits: int
+    count: int
+
+    @property
+    def width(self) -> int:
+        """Channels of a token, in all heads."""
+        return self.heads * self.size
+
+
+def make(shape: Shape) -> Any:
+    """The PrimFunc ``append``; its arguments are those of ``_arguments``, in order."""
+    with IRBuilder() as builder:
+        with T.prim_func(s_tir=True):
+            T.func_name("append")
+            a = _arguments(shape)
+            with parallel(a.batch * a.blocks) as task:
+                (_Keys if shape.kind == "key" else _Values)(shape, a, task).run()
+    return builder.get().with_attr("global_symbol", "append")
+
+
+class _Arguments:
+    pass
+
+
+def _arguments(shape: Shape) -> Any:
+    a: Any = _Arguments()
+    heads, size, count = shape.heads, shape.size, shape.count
+    batch, blocks, scales, groups = (T.int64() for _ in range(4))
+    a.batch, a.blocks, a.scales = batch, blocks, scales
+
+    def tensor(name: str, dims: tuple[Any, ...], dtype: str, strides: Any = None) -> None:
+        dims = tuple(T.int64(d) if isinstance(d, int) else d for d in dims)
+        handle = T.arg(name, T.handle())
+        setattr(a, name, T.match_buffer(handle, dims, dtype, strides=strides, align=1))
+
+    strides = [*(T.int64() for _ in range(3)), T.int64(1)]
+    tensor("x", (batch, heads, T.int64(), size), "float32", strides)
+    tensor("codes", (batch, heads, blocks, TOKENS * size * shape.bits // 8), "uint8")
+    tensor("midpoints", (2**shape.bits - 1,), "float32")
+    tensor("levels", (2**shape.bits,), "int8")
+    a.unit = T.arg("unit", T.float32())
+    if shape.kind == "key":
+        a.group = T.arg("group", T.int64())
+    affine = (scales, heads, groups, size) if shape.kind == "key" else (batch, blocks, TOKENS)
+    tensor("scale", affine, "float16")
+    tensor("zero", affine, "float16")
+    if count:
+        tensor("chosen", (batch, blocks, TOKENS, count + 2), "int32")
+        tensor("outliers", (batch, blocks, TOKENS * count), "int32")
+        tensor("offsets", (batch, blocks, heads + 1), "int32")
+    return a
+
+
+class _Block:
+    """One block; scale, zero and divisor (the scale, 1 for 0) are kept as float32."""
+
+    def __init__(self, shape: Shape, a: Any, task: Expr, scales: int) -> None:
+        self.shape, self.a = shape, a
+        self.b, self.block = divided(task, a.blocks)
+        self.first = T.Bind(self.block * TOKENS)
+        self.scale, self.zero, self.divisor = (local((scales,)) for _ in range(3))
+        self.midpoints = [T.Bind(get(a.midpoints, i)) for i in range(2**shape.bits - 1)]
+
+    def run(self) -> None:
+        if self.shape.count:
+            self.cursor = local((TOKENS,), "int64")
+        self.choose()
+        with loop(self.shape.heads) as head:
+            self.write_codes(head)
+        if self.shape.count:
+            self.write_outliers()
+
+    def choose(self) -> None:
+        """Fill scale, zero and divisor, and each token's row of ``chosen``."""
+        raise NotImplementedError
+
+    def write_codes(self, head: Expr) -> None:
+        raise NotImplementedError
+
+    def affine(self, buffer: Any, head: Expr, token: Expr, channel: Expr) -> Expr:
+        """Scale, zero or divisor of a vector of channels of a token."""
+        raise NotImplementedError
+
+    def x(self, head: Expr, token: Expr, channel: Expr, lanes: int = LANES) -> Expr:
+        return load(self.a.x, self.b, head, self.first + token, channel, lanes=lanes)
+
+    def codes(self, head: Expr, token: Expr, channel: Expr) -> Expr:
+        """int32 codes: how many midpoints lie below the normalised value."""
+        at = (head, token, channel)
+        centred = T.Bind(self.x(*at) - self.affine(self.zero, *at))
+        y = T.Bind(centred / self.affine(self.divisor, *at))
+        below = (T.Cast(FLOATS.ints, FLOATS.of(midpoint) < y) for midpoint in self.midpoints)
+        total = local((LANES,), "int32")
+        store(total, sum(below, next(below)), 0, lanes=LANES)
+        return load(total, 0, lanes=LANES)
+
+    def set_scale(self, i: Expr, scale: Expr, zero: Expr) -> None:
+        """Keep float16 scale and zero at place i."""
+        wide = T.Bind(T.Cast("float32", scale))
+        put(self.scale, wide, i)
+        put(self.zero, T.Cast("float32", zero), i)
+        put(self.divisor, T.Select(wide == T.float32(0), T.float32(1), wide), i)
+
+    def vectors(self, visit: Callable[[Expr, Expr, Expr], None]) -> None:
+        """visit(head, channel, flat channel) of each vector."""
+        with loop(self.shape.heads) as head, loop(self.shape.size // LANES) as i:
+            visit(head, i * LANES, T.Bind(head * self.shape.size + i * LANES))
+
+    def start_row(self, token: Expr) -> None:
+        """An empty row: a bound on the left and ends that no channel reaches."""
+        row = (self.b, self.block, token)
+        put(self.a.chosen, T.int32(-1), *row, 0)
+        with loop(self.shape.count + 2, 1) as i:
+            put(self.a.chosen, T.int32(self.shape.width), *row, i)
+        put(self.cursor, T.int64(1), token)
+
+    def add_to_row(self, token: Expr, channel: Expr, filled: Expr) -> None:
+        """Insert a flat channel in its order into a row of ``filled`` places."""
+        row, place = (self.b, self.block, token), local((1,), "int64")
+        put(place, filled + 1, 0)
+        with T.While(get(self.a.chosen, *row, place[0] - 1) > channel):
+            put(self.a.chosen, get(self.a.chosen, *row, place[0] - 1), *row, place[0])
+            put(place, place[0] - 1, 0)
+        put(self.a.chosen, channel, *row, place[0])
+
+    def write_outliers(self) -> None:
+        """Entries by head, token and channel; a residual of 0 needs none."""
+        a, shape, cursor = self.a, self.shape, self.cursor
+        used = local((1,), "int64")
+        put(used, T.int64(0), 0)
+        with loop(shape.heads) as head:
+            put(a.offsets, T.Cast("int32", used[0]), self.b, self.block, head)
+            end = T.Bind(T.Cast("int32", (head + 1) * shape.size))
+            with loop(TOKENS) as token:
+                row = (self.b, self.block, token)
+                with T.While(get(a.chosen, *row, get(cursor, token)) < end):
+                    flat = T.Cast("int64", get(a.chosen, *row, get(cursor, token)))
+                    channel = T.Bind(flat - head * shape.size)
+                    put(cursor, get(cursor, token) + 1, token)
+                    bits = T.Bind(T.Cast("int32", self._residual(head, token, channel)))
+                    with T.If(T.bitwise_and(bits, T.int32(0x7FFF)) != 0), T.Then():
+                        place = T.shift_left(token, T.int64(24)) + T.shift_left(channel, T.int64(16))
+                        put(a.outliers, T.Cast("int32", place) + bits, self.b, self.block, used[0])
+                        put(used, used[0] + 1, 0)
+        put(a.offsets, T.Cast("int32", used[0]), self.b, self.block, shape.heads)
+        with loop(TOKENS * shape.count, opaque(used[0])) as i:
+            put(a.outliers, T.int32(0), self.b, self.block, i)
+
+    def _residual(self, head: Expr, token: Expr, channel: Expr) -> Expr:
+        """The bits (uint16) of a value less what its code reads as, in float16."""
+        lane = T.Bind(T.bitwise_and(channel, T.int64(LANES - 1)))
+        at, errors = (head, token, T.Bind(channel - lane)), local((LANES,))
+        whole = gather(self.a.levels, (), self.codes(*at), LANES)
+        level = T.Bind(T.Cast(FLOATS.dtype, whole) * FLOATS.of(self.a.unit))
+        product = level * self.affine(self.scale, *at)
+        product = call(FLOATS.dtype, f"llvm.arithmetic.fence.{suffix(FLOATS.dtype)}", product)
+        store(errors, self.x(*at) - (product + self.affine(self.zero, *at)), 0, lanes=LANES)
+        clamped = T.min(get(errors, lane), T.float32(HALF_MAX))
+        return T.reinterpret("uint16", T.Cast("float16", T.max(clamped, T.float32(-HALF_MAX))))
+
+
+class _Keys(_Block):
+    """Scale and zero by channel; outliers: the furthest outside zero +- scale."""
+
+    def __init__(self, shape: Shape, a: Any, task: Expr) -> None:
+        super().__init__(shape, a, task, shape.width)
+
+    def affine(self, buffer: Any, head: Expr, token: Expr, channel: Expr) -> Expr:
+        return load(buffer, head * self.shape.size + channel, lanes=LANES)
+
+    def choose(self) -> None:
+        a = self.a
+        row = opaque(T.min(self.b, a.scales - 1))
+        group = divided(self.block, a.group)[0]
+
+        with loop(self.shape.heads) as head, loop(self.shape.size) as channel:
+            scale, zero = (get(part, row, head, group, channel) for part in (a.scale, a.zero))
+            self.set_scale(head * self.shape.size + channel, scale, zero)
+        if self.shape.count:
+            furthest = Largest(self.shape.count)
+            with loop(TOKENS) as token:
+                self._choose(token, furthest)
+
+    def _choose(self, token: Expr, furthest: Largest) -> None:
+        furthest.clear(0.0)
+
+        def visit(head: Expr, channel: Expr, flat: Expr) -> None:
+            x, zero, scale = self.x(head, token, channel), *(
+                load(part, flat, lanes=LANES) for part in (self.zero, self.scale)
+            )
+            distance = FLOATS.abs(x - zero)
+            with T.If(any_lane(distance > scale, LANES)), T.Then(), loop(LANES) as lane:
+                at = T.Bind(flat + lane)
+                far = T.Bind(T.fabs(self.x(head, token, channel + lane, 1) - get(self.zero, at)))
+                with T.If(far > get(self.scale, at)), T.Then():
+                    furthest.insert(T.Bind(far / get(self.divisor, at)), at)
+
+        self.vectors(visit)
+        self.start_row(token)
+        with loop(self.shape.count) as i:
+            self.add_to_row(token, furthest.place(i), i)
+
+    def write_codes(self, head: Expr) -> None:
+        """Rows of one byte of each of 32 tokens; a byte holds pairs of channels D/2 apart."""
+        half, planes = self.shape.size // 2, PLANES[self.shape.bits]
+        with loop(half // LANES) as i, loop(TOKENS // 4) as quad:
+            words: list[Expr] = [None] * len(planes)
+            for t in range(4):
+                low, high = (
+                    self.codes(head, quad * 4 + t, i * LANES + side) for side in (0, half)
+                )
+                for p, width in enumerate(planes):
+                    first, second = (_plane(codes, planes, p) for codes in (low, high))
+                    pair = first + T.shift_left(second, fill(width, "int32", LANES))
+                    pair = T.shift_left(pair, fill(8 * t, "int32", LANES))
+                    words[p] = T.Bind(pair if words[p] is None else words[p] + pair)
+            start = 0
+            for word, width in zip(words, planes, strict=True):
+                self._store_rows(word, width, (head, start, i, quad))
+                start += TOKENS * self.shape.size * width // 8
+
+    def _store_rows(self, words: Expr, width: int, at: tuple[Any, ...]) -> None:
+        """Lanes are pairs of channels of four tokens; a row takes 4 / width pairs."""
+        head, start, i, quad = at
+        pairs, per = local((LANES,), "int32"), 4 // width
+        store(pairs, words, 0, lanes=LANES)
+        for row in range(LANES // per):
+            word = get(pairs, row * per)
+            for k in range(1, per):
+                word = word + T.shift_left(get(pairs, row * per + k), T.int32(2 * width * k))
+            place = start + (i * (LANES // per) + row) * TOKENS + quad * 4
+            part = T.reinterpret("uint8x4", T.Bind(word))
+            store(self.a.codes, part, self.b, head, self.block, place, lanes=4)
+
+
+class _Values(_Block):
+    """Scale and zero by token; outliers: its largest and smallest."""
+
+    def __init__(self, shape: Shape, a: Any, task: Expr) -> None:
+        super().__init__(shape, a, task, TOKENS)
+
+    def affine(self, buffer: Any, head: Expr, token: Expr, channel: Expr) -> Expr:
+        return FLOATS.of(get(buffer, token))
+
+    def choose(self) -> None:
+        low = self.shape.count // 2
+        high = self.shape.count - low
+        largest, smallest = Largest(high + 1), Largest(low + 1, latest=True)
+        with loop(TOKENS) as token:
+            self._choose(token, largest, smallest)
+            if self.shape.count:
+                self.start_row(token)
+                with loop(high) as i:
+                    self.add_to_row(token, largest.place(i), i)
+                with loop(low) as i:
+                    self.add_to_row(token, smallest.place(i), i + high)
+
+    def _choose(self, token: Expr, largest: Largest, smallest: Largest) -> None:
+        """The range of a token is what its outliers leave."""
+        for found in (largest, smallest):
+            found.clear(-float("inf"))
+
+        def visit(head: Expr, channel: Expr, flat: Expr) -> None:
+            x = self.x(head, token, channel)
+            hit = T.Or(largest.takes(x, LANES), smallest.takes(-x, LANES))
+            with T.If(any_lane(hit, LANES)), T.Then(), loop(LANES) as lane:
+                one = T.Bind(self.x(head, token, channel + lane, 1))
+                largest.insert(one, flat + lane)
+                smallest.insert(-one, flat + lane)
+
+        self.vectors(visit)
+        whole = self.shape.count == self.shape.width
+        top = T.float32(0) if whole else largest.least
+        bottom = T.float32(0) if whole else -smallest.least
+        zero, scale = (T.Bind(x / T.float32(2)) for x in (top + bottom, top - bottom))
+        limit = T.float32(HALF_MAX)
+        zero = T.Bind(T.Cast("float16", T.max(T.min(zero, limit), -limit)))
+        scale = T.Bind(T.Cast("float16", T.min(scale, limit)))
+        put(self.a.zero, zero, self.b, self.block, token)
+        put(self.a.scale, scale, self.b, self.block, token)
+        self.set_scale(token, scale, zero)
+
+    def write_codes(self, head: Expr) -> None:
+        """16-bit words of every other token; a pair of words, tokens t and t + 1, is a lane."""
+        size, planes = self.shape.size, PLANES[self.shape.bits]
+        per = TOKENS // planes[0]
+        with loop(size // LANES) as i:
+            words, channel = Registers(len(planes), "int32", LANES), i * LANES
+
+            def write(p: int, start: Expr) -> None:
+                part = T.reinterpret(f"uint8x{4 * LANES}", words[p])
+                store(self.a.codes, part, self.b, head, self.block, start, lanes=4 * LANES)
+
+            with loop(planes[0]) as group:
+                words[0] = fill(0, "int32", LANES)
+                with loop(per) as t:
+                    token = T.Bind(group * per + t)
+                    codes = self.codes(head, token, channel)
+                    for p, width in enumerate(planes):
+                        place = T.Cast("int32", token if p else t)
+                        pair = T.shift_right(place, T.int32(1)) * width
+                        move = pair + T.shift_left(T.bitwise_and(place, T.int32(1)), T.int32(4))
+                        part = _plane(codes, planes, p)
+                        moved = T.shift_left(part, T.broadcast(T.Bind(move), LANES))
+                        words[p] = T.bitwise_or(words[p], moved)
+                write(0, (group * size + channel) * 4)
+            if len(planes) > 1:
+                write(1, (planes[0] * size + channel) * 4)
+
+
+def _plane(codes: Expr, planes: tuple[int, ...], p: int) -> Expr:
+    """The bits of codes that plane p holds."""
+    if len(planes) == 1:
+        return codes
+    if p:
+        return T.Bind(T.shift_right(codes, fill(sum(planes[:p]), "int32", LANES)))
+    return T.Bind(T.bitwise_and(codes, fill(2 ** planes[0] - 1, "int32", LANES)))
