@@ -15,7 +15,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
 from regraft.kernels.kvquant.layout import PLANES
-from regraft.kernels.kvquant.llvm.largest import Largest, any_lane
+from regraft.kernels.kvquant.llvm.largest import Largest, any_lane, bound
 from regraft.kernels.kvquant.llvm.simd import (
     Expr,
     Floats,
@@ -306,28 +306,53 @@ class _Values(_Block):
 
     def _choose(self, token: Expr, largest: Largest, smallest: Largest) -> None:
         """The range of a token is what its outliers leave."""
+        floors = self._floors(token, largest.k, smallest.k)
         for found in (largest, smallest):
             found.clear(-float("inf"))
 
         def visit(head: Expr, channel: Expr, flat: Expr) -> None:
             x = self.x(head, token, channel)
-            hit = T.Or(largest.takes(x, LANES), smallest.takes(-x, LANES))
+            high, low = (
+                FLOATS.of(T.max(found.least, floor))
+                for found, floor in zip((largest, smallest), floors, strict=True)
+            )
+            hit = T.Or(x >= high, -x >= low)
             with T.If(any_lane(hit, LANES)), T.Then(), loop(LANES) as lane:
                 one = T.Bind(self.x(head, token, channel + lane, 1))
                 largest.insert(one, flat + lane)
                 smallest.insert(-one, flat + lane)
 
-        self.vectors(visit)
+        if self.shape.count:
+            self.vectors(visit)
+            floors = largest.least, smallest.least
         whole = self.shape.count == self.shape.width
-        top = T.float32(0) if whole else largest.least
-        bottom = T.float32(0) if whole else -smallest.least
-        zero, scale = (T.Bind(x / T.float32(2)) for x in (top + bottom, top - bottom))
+        top, bottom = (T.float32(0) if whole else floor for floor in floors)
+        zero, scale = (T.Bind(x / T.float32(2)) for x in (top - bottom, top + bottom))
         limit = T.float32(HALF_MAX)
         zero = T.Bind(T.Cast("float16", T.max(T.min(zero, limit), -limit)))
         scale = T.Bind(T.Cast("float16", T.min(scale, limit)))
         put(self.a.zero, zero, self.b, self.block, token)
         put(self.a.scale, scale, self.b, self.block, token)
         self.set_scale(token, scale, zero)
+
+    def _floors(self, token: Expr, high: int, low: int) -> tuple[Expr, Expr]:
+        """What the high-th largest values and the low-th largest of -x at least are."""
+        vectors = self.shape.size // LANES
+        parts = next(n for n in (4, 2, 1) if vectors % n == 0 and (n == 1 or n * 4 <= high))
+        tops = [Registers(parts, "float32", LANES) for _ in range(2)]
+        for top in tops:
+            for part in range(parts):
+                top[part] = FLOATS.of(-float("inf"))
+        with loop(self.shape.heads) as head, loop(vectors // parts) as i:
+            for part in range(parts):
+                x = self.x(head, token, (i * parts + part) * LANES)
+                for top, one in zip(tops, (x, -x), strict=True):
+                    top[part] = FLOATS.max(top[part], one)
+        high, low = (
+            bound([top[part] for part in range(parts)], k)
+            for top, k in zip(tops, (high, low), strict=True)
+        )
+        return high, low
 
     def write_codes(self, head: Expr) -> None:
         """16-bit words of every other token; a pair of words, tokens t and t + 1, is a lane."""
