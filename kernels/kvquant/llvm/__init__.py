@@ -182,7 +182,7 @@ def _room(x: Tensor, bits: int, count: int) -> tuple[Tensor, Tensor, list[Tensor
     codes = torch.empty(batch, heads, blocks, 4 * size * bits, dtype=torch.uint8)
     if not count:
         return x, codes, []
-    parts = ((32, count + 2), (32 * count,), (heads + 1,))
+    parts = ((32, count + 1), (32 * count,), (heads + 1,))
     return x, codes, [torch.empty(batch, blocks, *part, dtype=torch.int32) for part in parts]
 
 

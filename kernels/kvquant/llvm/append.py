@@ -15,7 +15,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
 from regraft.kernels.kvquant.layout import PLANES
-from regraft.kernels.kvquant.llvm.largest import Largest, any_lane, bound
+from regraft.kernels.kvquant.llvm.largest import Candidates, Largest, bound
 from regraft.kernels.kvquant.llvm.simd import (
     Expr,
     Floats,
@@ -94,7 +94,7 @@ def _arguments(shape: Shape) -> Any:
     tensor("scale", affine, "float16")
     tensor("zero", affine, "float16")
     if count:
-        tensor("chosen", (batch, blocks, TOKENS, count + 2), "int32")
+        tensor("chosen", (batch, blocks, TOKENS, count + 1), "int32")
         tensor("outliers", (batch, blocks, TOKENS * count), "int32")
         tensor("offsets", (batch, blocks, heads + 1), "int32")
     return a
@@ -112,7 +112,7 @@ class _Block:
 
     def run(self) -> None:
         if self.shape.count:
-            self.cursor = local((TOKENS,), "int64")
+            self.cursor, self.candidates = local((TOKENS,), "int64"), Candidates(self.shape.width)
         self.choose()
         with loop(self.shape.heads) as head:
             self.write_codes(head)
@@ -155,22 +155,18 @@ class _Block:
         with loop(self.shape.heads) as head, loop(self.shape.size // LANES) as i:
             visit(head, i * LANES, T.Bind(head * self.shape.size + i * LANES))
 
-    def start_row(self, token: Expr) -> None:
-        """An empty row: a bound on the left and ends that no channel reaches."""
-        row = (self.b, self.block, token)
-        put(self.a.chosen, T.int32(-1), *row, 0)
-        with loop(self.shape.count + 2, 1) as i:
-            put(self.a.chosen, T.int32(self.shape.width), *row, i)
-        put(self.cursor, T.int64(1), token)
+    def write_row(self, token: Expr, chosen: Callable[[Expr, Expr], Expr]) -> None:
+        """A row of ``chosen``: the candidates for which chosen(value, place), and an end."""
+        row, length = (self.b, self.block, token), local((1,), "int64")
+        put(length, T.int64(0), 0)
 
-    def add_to_row(self, token: Expr, channel: Expr, filled: Expr) -> None:
-        """Insert a flat channel in its order into a row of ``filled`` places."""
-        row, place = (self.b, self.block, token), local((1,), "int64")
-        put(place, filled + 1, 0)
-        with T.While(get(self.a.chosen, *row, place[0] - 1) > channel):
-            put(self.a.chosen, get(self.a.chosen, *row, place[0] - 1), *row, place[0])
-            put(place, place[0] - 1, 0)
-        put(self.a.chosen, channel, *row, place[0])
+        def add(value: Expr, place: Expr) -> None:
+            put(self.a.chosen, place, *row, length[0])
+            put(length, length[0] + T.Cast("int64", chosen(value, place)), 0)
+
+        self.candidates.each(add)
+        put(self.a.chosen, T.int32(self.shape.width), *row, length[0])
+        put(self.cursor, T.int64(0), token)
 
     def write_outliers(self) -> None:
         """Entries by head, token and channel; a residual of 0 needs none."""
@@ -232,22 +228,21 @@ class _Keys(_Block):
 
     def _choose(self, token: Expr, furthest: Largest) -> None:
         furthest.clear(0.0)
+        self.candidates.clear()
 
         def visit(head: Expr, channel: Expr, flat: Expr) -> None:
-            x, zero, scale = self.x(head, token, channel), *(
-                load(part, flat, lanes=LANES) for part in (self.zero, self.scale)
-            )
-            distance = FLOATS.abs(x - zero)
-            with T.If(any_lane(distance > scale, LANES)), T.Then(), loop(LANES) as lane:
-                at = T.Bind(flat + lane)
-                far = T.Bind(T.fabs(self.x(head, token, channel + lane, 1) - get(self.zero, at)))
-                with T.If(far > get(self.scale, at)), T.Then():
-                    furthest.insert(T.Bind(far / get(self.divisor, at)), at)
+            zero, scale = (load(part, flat, lanes=LANES) for part in (self.zero, self.scale))
+            distance = FLOATS.abs(self.x(head, token, channel) - zero)
+            self.candidates.add(distance, flat, distance > scale)
+
+        def beyond(distance: Expr, place: Expr) -> Expr:
+            return T.Bind(distance / get(self.divisor, T.Cast("int64", place)))
 
         self.vectors(visit)
-        self.start_row(token)
-        with loop(self.shape.count) as i:
-            self.add_to_row(token, furthest.place(i), i)
+        self.candidates.each(lambda x, place: furthest.insert(beyond(x, place), place))
+        self.write_row(
+            token, lambda x, place: furthest.holds(beyond(x, place), place, self.shape.count)
+        )
 
     def write_codes(self, head: Expr) -> None:
         """Rows of one byte of each of 32 tokens; a byte holds pairs of channels D/2 apart."""
@@ -298,32 +293,32 @@ class _Values(_Block):
         with loop(TOKENS) as token:
             self._choose(token, largest, smallest)
             if self.shape.count:
-                self.start_row(token)
-                with loop(high) as i:
-                    self.add_to_row(token, largest.place(i), i)
-                with loop(low) as i:
-                    self.add_to_row(token, smallest.place(i), i + high)
+
+                def chosen(x: Expr, place: Expr) -> Expr:
+                    top = largest.holds(x, place, high)
+                    return T.Or(top, smallest.holds(-x, place, low)) if low else top
+
+                self.write_row(token, chosen)
 
     def _choose(self, token: Expr, largest: Largest, smallest: Largest) -> None:
         """The range of a token is what its outliers leave."""
         floors = self._floors(token, largest.k, smallest.k)
-        for found in (largest, smallest):
-            found.clear(-float("inf"))
-
-        def visit(head: Expr, channel: Expr, flat: Expr) -> None:
-            x = self.x(head, token, channel)
-            high, low = (
-                FLOATS.of(T.max(found.least, floor))
-                for found, floor in zip((largest, smallest), floors, strict=True)
-            )
-            hit = T.Or(x >= high, -x >= low)
-            with T.If(any_lane(hit, LANES)), T.Then(), loop(LANES) as lane:
-                one = T.Bind(self.x(head, token, channel + lane, 1))
-                largest.insert(one, flat + lane)
-                smallest.insert(-one, flat + lane)
-
         if self.shape.count:
+            self.candidates.clear()
+            for found in (largest, smallest):
+                found.clear(-float("inf"))
+
+            def visit(head: Expr, channel: Expr, flat: Expr) -> None:
+                x = self.x(head, token, channel)
+                high, low = map(FLOATS.of, floors)
+                self.candidates.add(x, flat, T.Or(x >= high, -x >= low))
+
+            def insert(x: Expr, place: Expr) -> None:
+                largest.insert(x, place)
+                smallest.insert(-x, place)
+
             self.vectors(visit)
+            self.candidates.each(insert)
             floors = largest.least, smallest.least
         whole = self.shape.count == self.shape.width
         top, bottom = (T.float32(0) if whole else floor for floor in floors)

@@ -1,20 +1,61 @@
-"""The k largest of many numbers, by insertion."""
+"""The k largest of many numbers: a bound, the candidates that reach it, their order by insertion."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from tvm.script.ir_builder import tirx as T
 
-from regraft.kernels.kvquant.llvm.simd import Expr, call, get, local, loop, put, shuffle, store
+from regraft.kernels.kvquant.llvm.simd import (
+    Expr,
+    call,
+    get,
+    load,
+    local,
+    loop,
+    opaque,
+    put,
+    shuffle,
+    store,
+)
 
+LANES = 8
 NOWHERE = 2**31 - 1
+
+
+class Candidates:
+    """Some of ``most`` float32 and their places, in ascending order."""
+
+    def __init__(self, most: int) -> None:
+        room = most + LANES
+        self.values, self.places, self.count = local((room,)), local((room,), "int32"), _counter()
+
+    def clear(self) -> None:
+        put(self.count, T.int64(0), 0)
+
+    def add(self, values: Expr, place: Expr, condition: Expr) -> None:
+        """Take those of a vector, from place on, that meet a condition, without a branch each."""
+        one, taken = local((LANES,)), local((LANES,), "int32")
+        some = call("bool", f"llvm.vector.reduce.or.v{LANES}i1", condition)
+        with T.If(some), T.Then():
+            store(one, values, 0, lanes=LANES)
+            store(taken, T.Cast(f"int32x{LANES}", condition), 0, lanes=LANES)
+            for lane in range(LANES):
+                put(self.values, get(one, lane), self.count[0])
+                put(self.places, T.Cast("int32", place + lane), self.count[0])
+                put(self.count, self.count[0] + T.Cast("int64", get(taken, lane)), 0)
+
+    def each(self, visit: Callable[[Expr, Expr], None]) -> None:
+        """visit(value, place)."""
+        with loop(opaque(self.count[0])) as i:
+            visit(T.Bind(get(self.values, i)), T.Bind(get(self.places, i)))
 
 
 class Largest:
     """The k largest of the float32 inserted so far and their places, the largest first.
 
-    Of equal ones the first inserted stay, with ``latest`` the last.
+    Of equal ones the first inserted come first, with ``latest`` the last.
     """
 
     def __init__(self, k: int, latest: bool = False) -> None:
@@ -29,54 +70,56 @@ class Largest:
 
     @property
     def least(self) -> Expr:
-        return get(self.values, self.k - 1)
-
-    def place(self, i: Expr) -> Expr:
-        """NOWHERE where fewer than i + 1 were taken."""
-        return T.Bind(get(self.places, i))
+        """The k-th largest, or the floor."""
+        return T.Bind(get(self.values, self.k - 1))
 
     def insert(self, value: Expr, place: Expr) -> None:
-        with T.If(self._passes(value, self.least)), T.Then():
-            at = local((1,), "int64")
+        with T.If(self._passes(value, get(self.values, self.k - 1))), T.Then():
+            at = _counter()
             put(at, T.int64(self.k - 1), 0)
 
             def previous(buffer: Any) -> Expr:
                 return get(buffer, T.max(at[0] - 1, T.int64(0)))
 
-            above = previous(self.values)
-            with T.While(T.And(at[0] > T.int64(0), self._passes(value, above))):
+            with T.While(T.And(at[0] > T.int64(0), self._passes(value, previous(self.values)))):
                 for buffer in (self.values, self.places):
                     put(buffer, previous(buffer), at[0])
                 put(at, at[0] - 1, 0)
             put(self.values, value, at[0])
-            put(self.places, T.Cast("int32", place), at[0])
+            put(self.places, place, at[0])
+
+    def holds(self, value: Expr, place: Expr, first: int) -> Expr:
+        """Whether what was inserted is among the ``first`` largest."""
+        least, last = (T.Bind(get(x, first - 1)) for x in (self.values, self.places))
+        level = place >= last if self.latest else place <= last
+        return T.Or(value > least, T.And(value == least, level))
 
     def _passes(self, value: Expr, kept: Expr) -> Expr:
         return value >= kept if self.latest else value > kept
 
 
-def any_lane(condition: Expr, lanes: int) -> Expr:
-    return call("bool", f"llvm.vector.reduce.or.v{lanes}i1", condition)
-
-
 def bound(vectors: list[Expr], k: int) -> Expr:
     """What k of the lanes of these float32x8 at least are; the k-th largest of a single vector."""
     rank = -(-k // len(vectors))
-    if rank > 8:
+    if rank > LANES:
         return T.float32(-float("inf"))
-    kept = local((8,))
     least = _sorted(vectors[0])
     for vector in vectors[1:]:
         least = T.Bind(T.min(least, _sorted(vector)))
-    store(kept, least, 0, lanes=8)
-    return T.Bind(get(kept, 8 - rank))
+    lanes = local((LANES,))
+    store(lanes, least, 0, lanes=LANES)
+    return load(lanes, LANES - rank, lanes=1)
 
 
 def _sorted(x: Expr) -> Expr:
     """The lanes of float32x8 in ascending order, by a bitonic network."""
     for size, stride in ((2, 1), (4, 2), (4, 1), (8, 4), (8, 2), (8, 1)):
-        other = shuffle([x], [i ^ stride for i in range(8)])
+        other = shuffle([x], [i ^ stride for i in range(LANES)])
         pair = [T.Bind(T.min(x, other)), T.Bind(T.max(x, other))]
-        upper = [bool(i & stride) != bool(i & size) for i in range(8)]
-        x = shuffle(pair, [i + 8 * side for i, side in enumerate(upper)])
+        upper = [bool(i & stride) != bool(i & size) for i in range(LANES)]
+        x = shuffle(pair, [i + LANES * side for i, side in enumerate(upper)])
     return x
+
+
+def _counter() -> Any:
+    return local((1,), "int64")
