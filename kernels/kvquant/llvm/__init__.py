@@ -155,7 +155,7 @@ def append_keys(
     function = _append_kernel("key", x.shape[1], x.shape[3], bits, count)
     per_row = group // 32 or 1 << 40
     function(x, codes, book.midpoints, book.levels, book.unit, per_row, scale, zero, *found)
-    return (codes, found[1], found[2]) if found else (codes, None, None)
+    return (codes, *(found or (None, None)))
 
 
 def append_values(
@@ -170,11 +170,11 @@ def append_values(
     function = _append_kernel("value", x.shape[1], x.shape[3], bits, count)
     scale, zero = (codes.new_empty(len(x), codes.shape[2], 32, dtype=torch.half) for _ in "sz")
     function(x, codes, book.midpoints, book.levels, book.unit, scale, zero, *found)
-    return (codes, scale, zero, *(found[1:] or (None, None)))
+    return (codes, scale, zero, *(found or (None, None)))
 
 
 def _room(x: Tensor, bits: int, count: int) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """x as kernels read it, room for its codes, and for outliers: channels, entries, offsets."""
+    """x as kernels read it, room for its codes, and for entries and offsets."""
     x = x.float()
     x = x if x.stride(3) == 1 else x.contiguous()
     batch, heads, length, size = x.shape
@@ -182,7 +182,7 @@ def _room(x: Tensor, bits: int, count: int) -> tuple[Tensor, Tensor, list[Tensor
     codes = torch.empty(batch, heads, blocks, 4 * size * bits, dtype=torch.uint8)
     if not count:
         return x, codes, []
-    parts = ((32, count + 1), (32 * count,), (heads + 1,))
+    parts = ((32 * count,), (heads + 1,))
     return x, codes, [torch.empty(batch, blocks, *part, dtype=torch.int32) for part in parts]
 
 

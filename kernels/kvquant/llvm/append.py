@@ -94,7 +94,6 @@ def _arguments(shape: Shape) -> Any:
     tensor("scale", affine, "float16")
     tensor("zero", affine, "float16")
     if count:
-        tensor("chosen", (batch, blocks, TOKENS, count + 1), "int32")
         tensor("outliers", (batch, blocks, TOKENS * count), "int32")
         tensor("offsets", (batch, blocks, heads + 1), "int32")
     return a
@@ -112,6 +111,7 @@ class _Block:
 
     def run(self) -> None:
         if self.shape.count:
+            self.chosen = local((TOKENS, self.shape.count + 1), "int32")
             self.cursor, self.candidates = local((TOKENS,), "int64"), Candidates(self.shape.width)
         self.choose()
         with loop(self.shape.heads) as head:
@@ -157,15 +157,15 @@ class _Block:
 
     def write_row(self, token: Expr, chosen: Callable[[Expr, Expr], Expr]) -> None:
         """A row of ``chosen``: the candidates for which chosen(value, place), and an end."""
-        row, length = (self.b, self.block, token), local((1,), "int64")
+        length = local((1,), "int64")
         put(length, T.int64(0), 0)
 
         def add(value: Expr, place: Expr) -> None:
-            put(self.a.chosen, place, *row, length[0])
+            put(self.chosen, place, token, length[0])
             put(length, length[0] + T.Cast("int64", chosen(value, place)), 0)
 
         self.candidates.each(add)
-        put(self.a.chosen, T.int32(self.shape.width), *row, length[0])
+        put(self.chosen, T.int32(self.shape.width), token, length[0])
         put(self.cursor, T.int64(0), token)
 
     def write_outliers(self) -> None:
@@ -177,9 +177,8 @@ class _Block:
             put(a.offsets, T.Cast("int32", used[0]), self.b, self.block, head)
             end = T.Bind(T.Cast("int32", (head + 1) * shape.size))
             with loop(TOKENS) as token:
-                row = (self.b, self.block, token)
-                with T.While(get(a.chosen, *row, get(cursor, token)) < end):
-                    flat = T.Cast("int64", get(a.chosen, *row, get(cursor, token)))
+                with T.While(get(self.chosen, token, get(cursor, token)) < end):
+                    flat = T.Cast("int64", get(self.chosen, token, get(cursor, token)))
                     channel = T.Bind(flat - head * shape.size)
                     put(cursor, get(cursor, token) + 1, token)
                     bits = T.Bind(T.Cast("int32", self._residual(head, token, channel)))

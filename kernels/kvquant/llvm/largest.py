@@ -112,13 +112,21 @@ def bound(vectors: list[Expr], k: int) -> Expr:
 
 
 def _sorted(x: Expr) -> Expr:
-    """The lanes of float32x8 in ascending order, by a bitonic network."""
+    """The lanes of float32x8 in ascending order, by a bitonic network.
+
+    Lanes that are to keep the larger of two are negated, and so keep the smaller like the others.
+    """
+    flipped = [1.0] * LANES
     for size, stride in ((2, 1), (4, 2), (4, 1), (8, 4), (8, 2), (8, 1)):
-        other = shuffle([x], [i ^ stride for i in range(LANES)])
-        pair = [T.Bind(T.min(x, other)), T.Bind(T.max(x, other))]
-        upper = [bool(i & stride) != bool(i & size) for i in range(LANES)]
-        x = shuffle(pair, [i + LANES * side for i, side in enumerate(upper)])
-    return x
+        flips = [-1.0 if bool(i & stride) != bool(i & size) else 1.0 for i in range(LANES)]
+        x = _times(x, [a * b for a, b in zip(flipped, flips, strict=True)])
+        x = T.Bind(T.min(x, -shuffle([x], [i ^ stride for i in range(LANES)])))
+        flipped = flips
+    return _times(x, flipped)
+
+
+def _times(x: Expr, signs: list[float]) -> Expr:
+    return T.Bind(x * shuffle([T.float32(sign) for sign in signs], list(range(LANES))))
 
 
 def _counter() -> Any:
