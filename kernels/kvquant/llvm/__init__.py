@@ -16,6 +16,8 @@ from regraft.kernels.compiled import LEVELS, KernelError, cpu_level, kernel
 from regraft.kernels.kvquant.reference import Body, Levels
 
 SIZES = (64, 80, 96, 128, 256)
+MOST = 512
+"""Outliers a token in a kernel's memory on the stack."""
 
 
 def attend(
@@ -140,26 +142,34 @@ def _kernel(
 
 
 def append_keys(
-    x: Tensor, scale: Tensor, zero: Tensor, book: Levels, bits: int, group: int = 0, count: int = 0
+    x: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    book: Levels,
+    bits: int,
+    group: int = 0,
+    count: int = 0,
+    level: str | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Code whole blocks of keys x [B, H, 32 * n, D], not rotated, in the layout "llvm".
 
     scale, zero: float16 [1 or B, H, groups, D], a row for ``group`` tokens (a multiple of 32) or,
     with 0, for all. Returns the codes uint8 [B, H, n, 32 * D * bits / 8] and, with at most
     ``count`` outliers a token, their entries int32 [B, n, 32 * count] and offsets int32
-    [B, n, H + 1], else None twice: the reference's, bit for bit. Of equally far outliers the
-    first channels stay. Raises KernelError for bits not in 2, 3, 4, head sizes that are not
-    multiples of 16, and where nothing can be compiled.
+    [B, n, H + 1], else None twice: what the reference gives, bit for bit, except that of equally
+    far outliers the first channels stay. level: one of LEVELS, the processor's best by default.
+    Raises KernelError for bits not in 2, 3, 4, head sizes that are no multiples of 16, more than
+    MOST outliers, and where nothing can be compiled.
     """
     x, codes, found = _room(x, bits, count)
-    function = _append_kernel("key", x.shape[1], x.shape[3], bits, count)
+    function = _append_kernel("key", x.shape[1], x.shape[3], bits, count, level or cpu_level())
     per_row = group // 32 or 1 << 40
     function(x, codes, book.midpoints, book.levels, book.unit, per_row, scale, zero, *found)
     return (codes, *(found or (None, None)))
 
 
 def append_values(
-    x: Tensor, book: Levels, bits: int, count: int = 0
+    x: Tensor, book: Levels, bits: int, count: int = 0, level: str | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Codes, scale and zero (float16 [B, n, 32]), entries and offsets of values: ``append_keys``
     with the ranges of tokens, whose ``count`` largest and smallest values are outliers.
@@ -167,7 +177,7 @@ def append_values(
     Of equal ones the first channels count as larger.
     """
     x, codes, found = _room(x, bits, count)
-    function = _append_kernel("value", x.shape[1], x.shape[3], bits, count)
+    function = _append_kernel("value", x.shape[1], x.shape[3], bits, count, level or cpu_level())
     scale, zero = (codes.new_empty(len(x), codes.shape[2], 32, dtype=torch.half) for _ in "sz")
     function(x, codes, book.midpoints, book.levels, book.unit, scale, zero, *found)
     return (codes, scale, zero, *(found or (None, None)))
@@ -187,9 +197,11 @@ def _room(x: Tensor, bits: int, count: int) -> tuple[Tensor, Tensor, list[Tensor
 
 
 @cache
-def _append_kernel(kind: str, heads: int, size: int, bits: int, count: int) -> Any:
-    if size % 16 or bits not in (2, 3, 4):
-        raise KernelError(f"no CPU kernel codes heads of {size} in {bits} bits")
+def _append_kernel(kind: str, heads: int, size: int, bits: int, count: int, level: str) -> Any:
+    if size % 16 or bits not in (2, 3, 4) or count > MOST:
+        raise KernelError(
+            f"no CPU kernel codes heads of {size} in {bits} bits with {count} outliers a token"
+        )
     key = (kind, heads, size, bits, count)
 
     def make() -> Any:
@@ -197,4 +209,4 @@ def _append_kernel(kind: str, heads: int, size: int, bits: int, count: int) -> A
 
         return append.make(append.Shape(*key))
 
-    return kernel("append", make, LEVELS[cpu_level()], key)
+    return kernel("append", make, LEVELS[level], key)

@@ -183,7 +183,9 @@ class _Block:
                     put(cursor, get(cursor, token) + 1, token)
                     bits = T.Bind(T.Cast("int32", self._residual(head, token, channel)))
                     with T.If(T.bitwise_and(bits, T.int32(0x7FFF)) != 0), T.Then():
-                        place = T.shift_left(token, T.int64(24)) + T.shift_left(channel, T.int64(16))
+                        place = T.shift_left(token, T.int64(24)) + T.shift_left(
+                            channel, T.int64(16)
+                        )
                         put(a.outliers, T.Cast("int32", place) + bits, self.b, self.block, used[0])
                         put(used, used[0] + 1, 0)
         put(a.offsets, T.Cast("int32", used[0]), self.b, self.block, shape.heads)
@@ -249,9 +251,7 @@ class _Keys(_Block):
         with loop(half // LANES) as i, loop(TOKENS // 4) as quad:
             words: list[Expr] = [None] * len(planes)
             for t in range(4):
-                low, high = (
-                    self.codes(head, quad * 4 + t, i * LANES + side) for side in (0, half)
-                )
+                low, high = (self.codes(head, quad * 4 + t, i * LANES + side) for side in (0, half))
                 for p, width in enumerate(planes):
                     first, second = (_plane(codes, planes, p) for codes in (low, high))
                     pair = first + T.shift_left(second, fill(width, "int32", LANES))
