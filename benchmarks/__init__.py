@@ -6,4 +6,5 @@ SUITES = {
     "capture": "regraft.benchmarks.capture",
     "cuda": "regraft.benchmarks.cuda",
     "perplexity": "regraft.benchmarks.perplexity",
+    "kv-quality": "regraft.benchmarks.kv_quality",
 }

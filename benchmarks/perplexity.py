@@ -18,7 +18,7 @@ BOUNDS = {8: 1.002, 4: 1.03}
 
 
 @dataclass
-class _Total:
+class Total:
     """Sums over scored tokens."""
 
     loss: float = 0.0
@@ -39,7 +39,9 @@ def _run(quick: bool) -> Result:
 
     model = AutoModelForCausalLM.from_pretrained(smollm2(), dtype=torch.float32).eval()
     size, count = (QUICK_WINDOW, 1) if quick else (WINDOW, WINDOWS)
-    windows, names = _windows(AutoTokenizer.from_pretrained(smollm2()), python_docs(), size, count)
+    windows, names = text_windows(
+        AutoTokenizer.from_pretrained(smollm2()), python_docs(), size, count
+    )
     passes: dict[str, Any] = {"dense": None}
     for bits in (8, 4) if quick else (8, 4, 3, 2):
         passes[f"kvquant {bits}-bit"] = regraft.KVQuant(bits=bits)
@@ -70,13 +72,13 @@ def _run(quick: bool) -> Result:
 @torch.inference_mode()
 def measure(
     contenders: dict[str, Any], windows: list[Tensor], chunk: int
-) -> tuple[dict[str, _Total], dict[str, float]]:
+) -> tuple[dict[str, Total], dict[str, float]]:
     """Sums of each contender against "dense", and its cache's bytes a token at the end.
 
     Windows [1, T] are fed ``chunk`` tokens at a time, so that all but the latest tokens are
     attended as the cache holds them.
     """
-    totals = {name: _Total() for name in contenders}
+    totals = {name: Total() for name in contenders}
     kept = {}
     steps = sum(-(-ids.shape[1] // chunk) for ids in windows)
     with progress("perplexity", steps) as stage:
@@ -90,12 +92,12 @@ def measure(
                     logits = one(part, past_key_values=caches[name]).logits[0, : len(target)]
                     log_p = logits.log_softmax(-1)
                     exact = log_p if exact is None else exact
-                    _add(totals[name], exact, log_p, target)
+                    add(totals[name], exact, log_p, target)
             kept = {name: cache.nbytes / ids.shape[1] for name, cache in caches.items()}
     return totals, kept
 
 
-def _add(total: _Total, exact: Tensor, log_p: Tensor, target: Tensor) -> None:
+def add(total: Total, exact: Tensor, log_p: Tensor, target: Tensor) -> None:
     """Score log-probabilities [n, vocab] of n target tokens."""
     total.loss -= log_p.gather(1, target[:, None]).sum().item()
     if log_p is not exact:
@@ -104,13 +106,16 @@ def _add(total: _Total, exact: Tensor, log_p: Tensor, target: Tensor) -> None:
     total.tokens += len(target)
 
 
-def _windows(tokenizer: Any, folder: Any, size: int, count: int) -> tuple[list[Tensor], list[str]]:
-    """Token windows [1, size], each at a random place of a random long document."""
+def text_windows(
+    tokenizer: Any, folder: Any, size: int, count: int, skip: int = 0
+) -> tuple[list[Tensor], list[str]]:
+    """Token windows [1, size], each at a random place of a random long document, not one of the
+    first ``skip``."""
     rng = random.Random(SEED)
     paths = sorted(path for path in folder.rglob("*.rst.txt") if path.stat().st_size > 60_000)
     rng.shuffle(paths)
     windows, names = [], []
-    for path in paths:
+    for path in paths[skip:]:
         if len(windows) == count:
             break
         text = path.read_text()
@@ -124,7 +129,7 @@ def _windows(tokenizer: Any, folder: Any, size: int, count: int) -> tuple[list[T
 
 def _rows(
     passes: dict[str, Any],
-    totals: dict[str, _Total],
+    totals: dict[str, Total],
     kept: dict[str, float],
     half: int,
     windows: int,

@@ -12,6 +12,9 @@ from regraft.kernels.rotary.reference import rotate
 _library = torch.library.Library("regraft", "DEF")
 modules: WeakValueDictionary[int, Callable[..., Tensor]] = WeakValueDictionary()
 """What ``regraft::module`` calls, by number, while something else keeps it alive."""
+bodies: dict[torch._ops.OpOverload, Callable] = {}
+"""Each operator's reference body, which autograd can follow; the operators themselves have no
+gradients."""
 
 
 def _define(schema: str, body, fake) -> None:
@@ -19,6 +22,7 @@ def _define(schema: str, body, fake) -> None:
     name = schema.split("(")[0]
     _library.impl(name, body, "CompositeExplicitAutograd")
     torch.library.register_fake(f"regraft::{name}", fake, lib=_library)
+    bodies[getattr(torch.ops.regraft, name).default] = body
 
 
 def _update_fake(past: Tensor, new: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -28,9 +28,10 @@ class PassResult:
 
 @dataclass
 class Context:
-    """What passes share: the user's calibration batches."""
+    """What passes share: the user's calibration batches, and whom to tell of progress."""
 
     calibration: Sequence[Any] = ()
+    tell: Callable[[str], None] = lambda what: None
     notes: dict[str, Any] = field(default_factory=dict)
 
 
@@ -49,6 +50,10 @@ class Pass(ABC):
 
     def settings(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def identity(self) -> str:
+        """All that what the pass does depends on, besides the program."""
+        return repr(self)
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

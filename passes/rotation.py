@@ -256,21 +256,20 @@ class RotationFinder:
         with graph.inserting_after(node):
             anchor = node
 
-            def call(target, *args):
+            def then(target, *args):
                 nonlocal anchor
                 with graph.inserting_after(anchor):
-                    anchor = graph.call_function(target, (anchor, *args))
-                return anchor
+                    anchor = call(graph, target, anchor, *args)
 
             if complex_part is not None:
-                call(aten.view_as_real.default)
-                call(aten.select.int, -1, complex_part)
+                then(aten.view_as_real.default)
+                then(aten.select.int, -1, complex_part)
             if squeeze:
-                call(aten.squeeze.dims, list(squeeze))
+                then(aten.squeeze.dims, list(squeeze))
             if step == 2:
-                call(aten.slice.Tensor, -1, 0, 2 * pairs, 2)
+                then(aten.slice.Tensor, -1, 0, 2 * pairs, 2)
             elif step == 1:
-                call(aten.slice.Tensor, -1, 0, pairs)
+                then(aten.slice.Tensor, -1, 0, pairs)
         return anchor
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing import parent_process
@@ -21,6 +22,7 @@ from regraft.runtime.causal_lm import Compiled
 from regraft.runtime.module import CompiledModule
 from regraft.runtime.program_cache import fetch, fingerprint, store
 from regraft.runtime.regions import Workers, compile_regions
+from regraft.runtime.warm import warm_up
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,10 @@ class _Pipeline:
     calibration: Sequence[Any]
     target: str
     dump_dir: str | Path | None
-    stage: Callable[[str], None]
+    stage: Callable[..., None]
+
+    def tell(self, what: str) -> None:
+        self.stage(f"passes, {what}", advance=0)
 
     def steps(self, default: Sequence[Pass]) -> list[Pass]:
         return [*default, *self.asked, *(() if self.target == "reference" else FINAL)]
@@ -42,9 +47,11 @@ class _Pipeline:
         report = Report()
         matches = [0] * len(self.asked)
         for name, program, default in parts:
+            if self.target == "reference":
+                program.cache = replace(program.cache, kernels=False)
             folder = Path(self.dump_dir) / name if self.dump_dir is not None else None
             required = self.asked if len(parts) == 1 else ()
-            context = Context(self.calibration)
+            context = Context(self.calibration, self.tell)
             steps = self.steps(default)
             rows = run(program, steps, context, required=required, dump_dir=folder).rows
             for index in range(len(matches)):
@@ -61,7 +68,10 @@ class _Pipeline:
     def compile_regions(self, program: Program, regions: Any, workers: Workers) -> None:
         if self.target != "reference":
             self.stage("regions")
-            compile_regions(program, regions, workers)
+            with ThreadPoolExecutor(1) as pool:
+                kernels = pool.submit(warm_up, program)
+                compile_regions(program, regions, workers)
+                kernels.result()
 
 
 def compile(
@@ -102,7 +112,7 @@ def compile(
 
 
 @contextmanager
-def _progress(name: str) -> Iterator[Callable[[str], None]]:
+def _progress(name: str) -> Iterator[Callable[..., None]]:
     """A bar on a terminal, gone at the end: capture, passes, regions."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
@@ -110,8 +120,8 @@ def _progress(name: str) -> Iterator[Callable[[str], None]]:
     with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
         task = bar.add_task(f"compiling {name}", total=4)
 
-        def stage(what: str) -> None:
-            bar.update(task, advance=1, description=f"compiling {name}: {what}")
+        def stage(what: str, advance: int = 1) -> None:
+            bar.update(task, advance=advance, description=f"compiling {name}: {what}")
 
         yield stage
 

@@ -2,8 +2,8 @@
 
 A folder holds ``regraft.json`` (the program, the report, and the size and hash of every other
 file), ``weights.safetensors``, transformers' own ``config.json`` and ``generation_config.json``,
-and ``regions/``: code for the processor it was compiled on, compiled again on another.
-Compiled regions are native code: load an artefact only from where you would run a program.
+and ``regions/`` and ``kernels/``: code for the processor it was compiled on, compiled again on
+another. They are native code: load an artefact only from where you would run a program.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig
 
+from regraft.kernels.compiled import files_in_use, search_path
 from regraft.program import RegraftError
 from regraft.program.folders import cache_dir
 from regraft.program.serialize import (
@@ -32,6 +33,7 @@ from regraft.program.serialize import (
     report_to_json,
 )
 from regraft.runtime.regions import Workers, compile_regions
+from regraft.runtime.warm import warm_up
 
 if TYPE_CHECKING:
     from regraft.runtime.causal_lm import Compiled
@@ -52,7 +54,8 @@ def save(compiled: Compiled, folder: str | Path) -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
             made = Path(scratch) / "made"
-            (made / "regions").mkdir(parents=True)
+            for part in ("regions", "kernels"):
+                (made / part).mkdir(parents=True)
             _write(compiled, made)
             if folder.exists():
                 folder.rename(Path(scratch) / "old")
@@ -69,6 +72,9 @@ def _write(compiled: Compiled, folder: Path) -> None:
     for region in compiled.regions.values():
         if region.compiled:
             shutil.copy(region.file, folder / "regions")
+    warm_up(compiled.program)
+    for file in files_in_use():
+        shutil.copy(file, folder / "kernels")
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     head = {
         "format": "regraft",
@@ -115,6 +121,8 @@ def load(folder: str | Path, device: str = "cpu") -> Compiled:
         raise RegraftError(f"{folder} is no sound artefact: {error}") from error
     with Workers(cache_dir() / "regions") as workers:
         compile_regions(program, compiled.regions, workers, folder / "regions")
+    search_path.append(folder / "kernels")
+    warm_up(program)
     return compiled
 
 

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from regraft.kernels.kvquant.codebook import Codebook, fixed
 from regraft.kernels.linear.reference import linear
 from regraft.kernels.ops import causal_mask
 from regraft.program import CacheSpec, LayerState, Program, RegraftError
 from regraft.program.serialize import submodule
 from regraft.runtime.buffer import RotationTable
 from regraft.runtime.cache import CacheState, DenseLayer
-from regraft.runtime.quantized import QuantizedLayer
+from regraft.runtime.quantized import Coding, QuantizedLayer
 from regraft.runtime.recurrent import RecurrentStates
 from regraft.runtime.regions import Region, is_decode
 
@@ -202,10 +203,26 @@ def _mask(padding, queries, keys, offset, window, batch) -> Tensor | None:
 
 def new_cache(spec: CacheSpec) -> CacheState:
     states = RecurrentStates(spec.states, spec.rollback) if spec.states else None
-    return CacheState([_layer(state) for state in spec.layers], states=states)
+    layers = [new_layer(state, spec.kernels) for state in spec.layers]
+    return CacheState(layers, states=states)
 
 
-def _layer(state: LayerState) -> DenseLayer | QuantizedLayer:
+def new_layer(state: LayerState, kernels: bool = True) -> DenseLayer | QuantizedLayer:
     if state.format == "dense":
         return DenseLayer()
-    return QuantizedLayer.data_free(**dict(state.settings))
+    settings, tensors = dict(state.settings), state.tensors
+    codings = []
+    for kind in ("key", "value"):
+        bits = settings[f"{kind}_bits"]
+        if f"{kind}_levels" in tensors:
+            book = Codebook(
+                tensors[f"{kind}_midpoints"],
+                tensors[f"{kind}_levels"],
+                float(tensors[f"{kind}_unit"]),
+            )
+        else:
+            book = fixed(settings["codebook"], bits)
+        scale, zero, weight = (tensors.get(f"{kind}_{n}") for n in ("scale", "zero", "weight"))
+        outliers = settings[f"{kind}_outliers"]
+        codings.append(Coding(bits, book, outliers, scale, zero, settings["group"], weight))
+    return QuantizedLayer(*codings, settings["sink"], settings["tail"], kernels)

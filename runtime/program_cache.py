@@ -49,7 +49,8 @@ def fingerprint(model: torch.nn.Module, settings: Sequence[Any]) -> str | None:
     def add(*items: Any) -> None:
         digest.update(repr(items).encode())
 
-    add(torch.__version__, transformers.__version__, _own_source(), settings)
+    passes = [item.identity() if hasattr(item, "identity") else item for item in settings]
+    add(torch.__version__, transformers.__version__, _own_source(), passes)
     kinds: set[Any] = {type(module) for module in model.modules()}
     kinds |= {type(item) for item in settings if hasattr(item, "__dataclass_fields__")}
     for source in sorted({_source(kind) for kind in kinds}, key=str):

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from regraft.kernels.attention.reference import attention
+from regraft.kernels.kvquant import dispatch, reference
 from regraft.kernels.kvquant.codebook import Codebook, fixed
-from regraft.kernels.kvquant.dispatch import attend
-from regraft.kernels.kvquant.layout import BLOCK, pack, unpack_table
+from regraft.kernels.kvquant.layout import BLOCK, unpack_table
 from regraft.kernels.kvquant.reference import (
     Body,
     Packed,
-    cap,
     dequantize,
-    pack_outliers,
-    quantize_keys,
-    quantize_values,
     ranges,
 )
 from regraft.kernels.rotary.reference import rotate
@@ -34,7 +31,8 @@ class Coding:
     """How keys or values are coded: bits a code, codebook, share of outliers.
 
     scale, zero: float16 [1, H, 1, D] of calibrated keys; None: ranges of ``group`` tokens (a
-    multiple of 32) for keys, of each token for values.
+    multiple of 32) for keys, of each token for values. weight: float16 [1, H, 1, D], what errors
+    of a key's channels cost; it chooses the outliers.
     """
 
     bits: int
@@ -43,6 +41,7 @@ class Coding:
     scale: Tensor | None = None
     zero: Tensor | None = None
     group: int = 64
+    weight: Tensor | None = None
 
     def to(self, device: torch.device) -> Coding:
         book = replace(
@@ -50,15 +49,17 @@ class Coding:
             midpoints=self.book.midpoints.to(device),
             levels=self.book.levels.to(device),
         )
-        scale, zero = (None if x is None else x.to(device) for x in (self.scale, self.zero))
-        return replace(self, book=book, scale=scale, zero=zero)
+        tensors = (self.scale, self.zero, self.weight)
+        scale, zero, weight = (None if x is None else x.to(device) for x in tensors)
+        return replace(self, book=book, scale=scale, zero=zero, weight=weight)
 
 
 class Store:
     """The packed blocks of keys or of values."""
 
-    def __init__(self, kind: str, coding: Coding) -> None:
+    def __init__(self, kind: str, coding: Coding, kernels: bool = True) -> None:
         self.kind, self.coding = kind, coding
+        self._quantize = dispatch.quantize if kernels else reference.quantize
         self.size, self.layout, self.arranged = 0, "llvm", False
         self.codes = Buffer(1, 1.0)
         self.scales = Buffer(1, 1.0), Buffer(1, 1.0)
@@ -74,26 +75,16 @@ class Store:
             self.size, self.layout = x.shape[-1], "cuda" if x.is_cuda else "llvm"
             self.coding = self.coding.to(x.device)
         coding = self.coding
-        count = cap(coding.outliers, x.shape[1] * x.shape[3])
-        if self.kind == "value":
-            codes, *scales, residual = quantize_values(x, coding.book, count)
-            scales = [scale.unflatten(1, (-1, BLOCK)) for scale in scales]
-        elif coding.scale is not None and coding.zero is not None:
-            scales = []
-            codes, residual = quantize_keys(x, coding.scale, coding.zero, coding.book, count)
-        else:
-            scales = list(ranges(x.unflatten(2, (-1, coding.group)), 3))
-            wide = (scale.expand(-1, -1, -1, coding.group, -1).flatten(2, 3) for scale in scales)
-            codes, residual = quantize_keys(x, *wide, coding.book, count)
-            scales = [scale.squeeze(3) for scale in scales]
-        blocks = codes.unflatten(2, (-1, BLOCK))
-        self.codes.append(pack(blocks, coding.bits, self.kind, self.layout))
-        for buffer, scale in zip(self.scales, scales, strict=False):
-            buffer.append(scale)
-        if residual is not None:
-            for buffer, part in zip(
-                (self.outliers, self.offsets), pack_outliers(residual, count), strict=True
-            ):
+        scales: Any = (coding.scale, coding.zero)
+        if self.kind == "key" and coding.scale is None:
+            scales = [s.squeeze(3) for s in ranges(x.unflatten(2, (-1, coding.group)), 3)]
+        made = self._quantize(
+            self.kind, x, coding.book, coding.bits, coding.outliers, self.layout, *scales,
+            coding.weight,
+        )  # fmt: skip
+        parts = [made.codes, made.scale, made.zero, made.outliers, made.offsets]
+        for buffer, part in zip(self.buffers, parts, strict=True):
+            if part is not None and part is not coding.scale and part is not coding.zero:
                 buffer.append(part)
 
     @property
@@ -104,8 +95,9 @@ class Store:
     def arrange(self, order: Tensor) -> None:
         """Bring calibrated channels into this order, once."""
         if self.coding.scale is not None and self.coding.zero is not None and not self.arranged:
-            scale, zero = self.coding.scale[..., order], self.coding.zero[..., order]
-            self.coding = replace(self.coding, scale=scale, zero=zero)
+            tensors = (self.coding.scale, self.coding.zero, self.coding.weight)
+            scale, zero, weight = (None if x is None else x[..., order] for x in tensors)
+            self.coding = replace(self.coding, scale=scale, zero=zero, weight=weight)
         self.arranged = True
 
     @property
@@ -128,9 +120,12 @@ class QuantizedLayer:
     left-padded batch a row's sink are its own first tokens: its padding follows them.
     """
 
-    def __init__(self, key: Coding, value: Coding, sink: int = 4, tail: int = 32) -> None:
+    def __init__(
+        self, key: Coding, value: Coding, sink: int = 4, tail: int = 32, kernels: bool = True
+    ) -> None:
         self.sink, self.tail = sink, tail
-        self.key, self.value = Store("key", key), Store("value", value)
+        self._attend = dispatch.attend if kernels else reference.attend
+        self.key, self.value = Store("key", key, kernels), Store("value", value, kernels)
         self._exact = Buffer(8, 1.0), Buffer(8, 1.0)
         self._slots: Tensor | None = None
 
@@ -217,7 +212,7 @@ class QuantizedLayer:
         if seen is not None:
             column = _none(q.shape[1], q.device) if sinks is None else sinks.flatten().float()
             exact = (buffer.view for buffer in self._exact)
-            out = attend(q, self.body(table), *exact, *seen, column, scale)
+            out = self._attend(q, self.body(table), *exact, *seen, column, scale)
         else:
             out = attention(q, *self._all(table), mask, scale, softcap, sinks)
         if k.shape[2] > self.tail:

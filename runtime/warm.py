@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from regraft.program import Program
+from regraft.program.program import spec_of
+from regraft.program.serialize import tensors_of
 from regraft.runtime.buffer import RotationTable
 from regraft.runtime.lower import new_layer
 from regraft.runtime.quantized import QuantizedLayer
@@ -14,34 +17,35 @@ from regraft.runtime.quantized import QuantizedLayer
 
 @torch.no_grad()
 def warm_up(program: Program) -> None:
-    """Decode one random token with each kind of quantized layer that the program has."""
+    """Decode a random token with each kind of quantized layer that the program has."""
+    if not program.cache.kernels:
+        return
     target = torch.ops.regraft.cached_attention.default
     nodes = program.graph.find_nodes(op="call_function", target=target)
+    weights = tensors_of(program.graph_module).values()
+    device = next((tensor.device for tensor in weights), torch.device("cpu"))
     seen = set()
     for node, state in zip(nodes, program.cache.layers, strict=False):
-        q, k, v, cos = (_shape(node.args[place]) for place in (0, 1, 2, 6))
-        kind = state.format, state.settings, q, k, v, cos, node.args[11:]
-        if kind in seen or not isinstance(layer := new_layer(state), QuantizedLayer):
+        parts: list[Any] = [spec_of(node.args[place]) for place in (0, 1, 2)]
+        turn: Any = node.args[6] and spec_of(node.args[6])
+        pairs = turn and turn[1][-1]
+        kind = (state.format, state.settings, *parts, pairs, node.args[11:])
+        layer = new_layer(state)
+        if kind in seen or not isinstance(layer, QuantizedLayer):
             continue
         seen.add(kind)
-        _decode(layer, q, k, v, cos, node.args[11:], node.args[0].meta["val"])
+        table = RotationTable() if pairs else None
+        for length in (layer.sink + layer.tail + layer.key.step, 1):
+            if table is not None:
+                table.append(*_rotation(length, pairs, device))
+            qkv = (
+                torch.randn(1, shape[1], length, shape[3], device=device).to(dtype)
+                for dtype, shape in parts
+            )
+            style, offset = node.args[11:]
+            layer.step(*qkv, table, interleaved=style == "interleaved", offset=offset)
 
 
-def _shape(node: Any) -> tuple[int, int] | None:
-    """Heads and head size of a tensor; the pairs of a rotation."""
-    shape = None if node is None else node.meta["val"].shape
-    return None if shape is None else (int(shape[1]) if len(shape) == 4 else 0, int(shape[-1]))
-
-
-def _decode(layer: QuantizedLayer, q: Any, k: Any, v: Any, cos: Any, style: Any, like: Any) -> None:
-    table = None if cos is None else RotationTable()
-    prompt = layer.sink + layer.tail + layer.key.step
-    for length in (prompt, 1):
-        if table is not None:
-            one = torch.ones(1, length, cos[1], device=like.device)
-            table.append(one, torch.zeros_like(one))
-        parts = (
-            torch.randn(1, heads, length, size, device=like.device, dtype=like.dtype)
-            for heads, size in (q, k, v)
-        )
-        layer.step(*parts, table, interleaved=style[0] == "interleaved", offset=style[1])
+def _rotation(length: int, pairs: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    angle = torch.rand(1, length, pairs, device=device)
+    return angle.cos(), angle.sin()

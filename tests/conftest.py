@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from regraft.assets import FOLDER
 from regraft.program.folders import cache_dir
 
-os.environ["REGRAFT_INDUCTOR"] = "0"
+os.environ["REGRAFT_INDUCTOR"] = os.environ["REGRAFT_TVM"] = "0"
 
 SMALL = dict(
     hidden_size=64,

@@ -23,7 +23,8 @@ LLOYD_MAX = {
 class Codebook:
     """What codes mean: ``code`` counts the midpoints below a value and reads as levels * unit.
 
-    midpoints float32 [2**bits - 1] and levels int8 [2**bits], both ascending; unit a float.
+    midpoints float32 [2**bits - 1] and levels int8 [2**bits], both ascending; unit a float that
+    float32 holds.
     """
 
     midpoints: Tensor
@@ -33,7 +34,7 @@ class Codebook:
     @classmethod
     def of(cls, levels: Tensor) -> Codebook:
         """The nearest codebook to ascending levels [2**bits]; midpoints lie between its own."""
-        unit = max(float(levels.abs().max()), 1e-12) / 127
+        unit = float(torch.tensor(max(float(levels.abs().max()), 1e-12) / 127))
         whole = torch.round(levels.double() / unit)
         midpoints = (whole[1:] + whole[:-1]) / 2 * unit
         return cls(midpoints.float(), whole.to(torch.int8), unit)
@@ -49,7 +50,7 @@ class Codebook:
 
     def encode(self, y: Tensor) -> Tensor:
         """uint8 codes of normalised values, in their shape."""
-        return torch.bucketize(y.float(), self.midpoints.to(y.device)).to(torch.uint8)
+        return torch.bucketize(y.float().contiguous(), self.midpoints.to(y.device)).to(torch.uint8)
 
     def decode(self, codes: Tensor) -> Tensor:
         """float32 values of codes, in their shape."""

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from regraft.kernels.kvquant.layout import BLOCK, unpack, unpack_table
+from regraft.kernels.kvquant.layout import BLOCK, pack, unpack, unpack_table
 from regraft.kernels.rotary.reference import rotate
 
 
@@ -75,29 +75,50 @@ def encode(
     """Codes (uint8) of x, and what they read as, in dtype; scale and zero broadcast against x."""
     scale, zero = scale.float(), zero.float()
     y = (x.float() - zero) / torch.where(scale == 0, 1.0, scale)
-    codes = torch.bucketize(y, book.midpoints)
+    codes = torch.bucketize(y.contiguous(), book.midpoints)
     levels = book.levels.to(dtype) * book.unit
     return codes.to(torch.uint8), levels[codes] * scale.to(dtype) + zero.to(dtype)
 
 
 def quantize_keys(
-    k: Tensor, scale: Tensor, zero: Tensor, book: Levels, count: int = 0
+    k: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    book: Levels,
+    count: int = 0,
+    weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Codes [B, H, T, D] of keys, and the residuals of at most ``count`` outliers a token.
+    """Codes [B, H, T, D] of keys, and the residuals of their outliers.
 
-    scale, zero: float16 [1 or B, H, 1 or T, D]. Outliers are furthest outside zero +- scale.
-    The residuals are float16 [B, H, T, D], zero elsewhere; None where count is 0.
+    scale, zero: float16 [1 or B, H, 1 or T, D]; weight: what an error of a channel costs
+    [1, H, 1, D]. The residuals are float16 [B, H, T, D], zero elsewhere; None where count is 0.
     """
     codes, read = encode(k, scale, zero, book)
     if not count:
         return codes, None
-    distance = (k.float() - zero.float()).abs()
-    beyond = distance / torch.where(scale == 0, 1.0, scale.float())
-    beyond = torch.where(distance > scale, beyond, 0.0).transpose(1, 2).flatten(2)
-    largest, index = beyond.topk(count, -1)
-    chosen = torch.zeros_like(beyond, dtype=torch.bool).scatter(-1, index, largest > 0)
-    chosen = chosen.unflatten(2, (k.shape[1], -1)).transpose(1, 2)
-    return codes, _residual(k, read, chosen)
+    return codes, residuals(k, read, key_outliers(k, read, count, weight))
+
+
+def key_outliers(k: Tensor, read: Tensor, count: int, weight: Tensor | None = None) -> Tensor:
+    """Which keys are kept beside their codes, bool [B, H, T, D]: of each block of 32 tokens the
+    32 * count whose codes err most, errors weighted by channel (weight [1, H, 1, D]).
+
+    By block, since a few tokens (delimiters that draw attention) err in many channels and most in
+    none. A shorter block at the end has room for count a token.
+    """
+    error = (k.float() - read).abs()
+    error = (error if weight is None else error * weight.float()).transpose(1, 2)
+    blocks = [
+        _largest(part, count * part.shape[1]) for part in error.split(BLOCK, 1) if part.shape[1]
+    ]
+    return torch.cat(blocks or [error.bool()], 1).transpose(1, 2)
+
+
+def _largest(x: Tensor, count: int) -> Tensor:
+    """Where the ``count`` largest elements of each row of x [B, ...] are, zeros left out."""
+    flat = x.flatten(1)
+    largest, index = flat.topk(count, -1)
+    return torch.zeros_like(flat, dtype=torch.bool).scatter(1, index, largest > 0).view(x.shape)
 
 
 def quantize_values(
@@ -121,7 +142,37 @@ def quantize_values(
     chosen = torch.zeros_like(flat, dtype=torch.bool)
     chosen.scatter_(-1, top[1][..., :high], True).scatter_(-1, bottom[1][..., :low], True)
     chosen = chosen.unflatten(2, (v.shape[1], -1)).transpose(1, 2)
-    return codes, scale, zero, _residual(v, read, chosen)
+    return codes, scale, zero, residuals(v, read, chosen)
+
+
+def quantize(
+    kind: str,
+    x: Tensor,
+    book: Levels,
+    bits: int,
+    share: float,
+    layout: str,
+    scale: Tensor | None = None,
+    zero: Tensor | None = None,
+    weight: Tensor | None = None,
+) -> Packed:
+    """Whole blocks of keys or values [B, H, 32 * n, D], with ``share`` of outliers.
+
+    Keys are not rotated and come with their scale and zero, float16 [1 or B, H, groups, D]; a row
+    serves as many tokens as there are to each. weight: see ``quantize_keys``.
+    """
+    count = cap(share, x.shape[1] * x.shape[3])
+    if scale is None or zero is None:
+        codes, scale, zero, residual = quantize_values(x, book, count)
+        scale, zero = (part.unflatten(1, (-1, BLOCK)) for part in (scale, zero))
+    else:
+        group = x.shape[2] // scale.shape[2]
+        wide = [part.repeat_interleave(group, 2) for part in (scale, zero)]
+        codes, residual = quantize_keys(x, wide[0], wide[1], book, count, weight)
+    outliers = (None, None) if residual is None else pack_outliers(residual, count)
+    packed = pack(codes.unflatten(2, (-1, BLOCK)), bits, kind, layout)
+    size, levels = x.shape[3], (book.levels, book.unit)
+    return Packed(kind, bits, size, layout, packed, scale, zero, *levels, *outliers)
 
 
 def pack_outliers(residual: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -219,7 +270,8 @@ def _scale_and_zero(minimum: Tensor, maximum: Tensor) -> tuple[Tensor, Tensor]:
     return ((maximum.float() - minimum.float()) / 2).clamp(max=limit).half(), zero
 
 
-def _residual(x: Tensor, read: Tensor, chosen: Tensor) -> Tensor:
+def residuals(x: Tensor, read: Tensor, chosen: Tensor) -> Tensor:
+    """float16 x - read where chosen, else 0."""
     limit = torch.finfo(torch.float16).max
     residual = (x.float() - read).clamp(-limit, limit).half()
     return torch.where(chosen, residual, torch.zeros_like(residual))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,21 +25,25 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class LayerState:
-    """How the runtime keeps one attention layer: ``format`` is "dense" or "kvquant"."""
+    """How the runtime keeps one attention layer: ``format`` is "dense" or "kvquant"; tensors are
+    what was calibrated for it."""
 
     format: str = "dense"
     settings: tuple[tuple[str, Any], ...] = ()
+    tensors: Mapping[str, torch.Tensor] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)
 class CacheSpec:
     """``layers``: one entry a layer that caches keys and values, in layer order. ``states``:
     tensors of constant size that each step replaces (convolutions, recurrences), zero before the
-    first token; the last ``rollback`` steps can be taken back."""
+    first token; the last ``rollback`` steps can be taken back. ``kernels``: whether quantised
+    layers run compiled kernels or their reference."""
 
     layers: tuple[LayerState, ...] = ()
     states: tuple[TensorSpec, ...] = ()
     rollback: int = 8
+    kernels: bool = True
 
 
 @dataclass

@@ -96,9 +96,10 @@ def program_to_json(program: Program) -> dict[str, Any]:
         "graph": graph_to_json(program.graph_module),
         "inputs": [_spec_to_json(spec) for spec in program.inputs],
         "outputs": [_spec_to_json(spec) for spec in program.outputs],
-        "cache": [_encode(asdict(layer)) for layer in program.cache.layers],
+        "cache": [layer_to_json(layer) for layer in program.cache.layers],
         "states": [_spec_to_json(spec) for spec in program.cache.states],
         "rollback": program.cache.rollback,
+        "kernels": program.cache.kernels,
         "tokens": list(program.tokens),
         "context": program.context,
         "prefill": program.prefill and program_to_json(program.prefill),
@@ -108,11 +109,12 @@ def program_to_json(program: Program) -> dict[str, Any]:
 def program_from_json(data: dict[str, Any], tensors: Mapping[str, Tensor]) -> Program:
     """The program, without the sample inputs that its passes were checked with."""
     graph = graph_from_json(data["graph"], tensors)
-    layers = tuple(LayerState(**_decode(layer, {})) for layer in data["cache"])
+    layers = tuple(layer_from_json(i, layer, tensors) for i, layer in enumerate(data["cache"]))
     specs = [tuple(map(_spec_from_json, data[side])) for side in ("inputs", "outputs")]
     states = tuple(map(_spec_from_json, data["states"]))
     program = Program(
-        graph, specs[0], specs[1], CacheSpec(layers, states, data["rollback"]),
+        graph, specs[0], specs[1],
+        CacheSpec(layers, states, data["rollback"], data["kernels"]),
         tokens=tuple(data["tokens"]), context=data["context"],
     )  # fmt: skip
     if data["prefill"]:
@@ -146,12 +148,33 @@ def tensors_of(module: fx.GraphModule) -> dict[str, Tensor]:
 
 
 def program_tensors(program: Program) -> dict[str, Tensor]:
-    """tensors_of the program and of its prefill, whose names begin with "prefill."."""
+    """What the program's graph reads, and ``cache.{layer}.{name}`` of its layers' states; those of
+    its prefill begin with "prefill."."""
     return {
         prefix + name: tensor
         for prefix, part in program.parts.items()
-        for name, tensor in tensors_of(part.graph_module).items()
+        for name, tensor in (tensors_of(part.graph_module) | cache_tensors(part.cache)).items()
     }
+
+
+def cache_tensors(cache: CacheSpec) -> dict[str, Tensor]:
+    """The tensors of the layers' states, as ``cache.{layer}.{name}``."""
+    return {
+        f"cache.{index}.{name}": tensor
+        for index, layer in enumerate(cache.layers)
+        for name, tensor in layer.tensors.items()
+    }
+
+
+def layer_to_json(layer: LayerState) -> dict[str, Any]:
+    settings = _encode(layer.settings)
+    return {"format": layer.format, "settings": settings, "tensors": sorted(layer.tensors)}
+
+
+def layer_from_json(index: int, data: dict[str, Any], tensors: Mapping[str, Tensor]) -> LayerState:
+    """The state of this layer, its tensors as ``cache_tensors`` names them."""
+    found = {name: tensors[f"cache.{index}.{name}"] for name in data["tensors"]}
+    return LayerState(data["format"], _decode(data["settings"], {}), found)
 
 
 def _spec_to_json(spec: TensorSpec) -> dict[str, Any]:

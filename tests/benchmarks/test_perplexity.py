@@ -50,8 +50,8 @@ def test_windows_come_from_long_documents(tmp_path):
     def tokenizer(text, return_tensors):
         return {"input_ids": torch.tensor([[ord(letter) for letter in text]])}
 
-    windows, names = perplexity._windows(tokenizer, tmp_path, 100, 2)
-    again, _ = perplexity._windows(tokenizer, tmp_path, 100, 2)
+    windows, names = perplexity.text_windows(tokenizer, tmp_path, 100, 2)
+    again, _ = perplexity.text_windows(tokenizer, tmp_path, 100, 2)
     assert [ids.shape for ids in windows] == [(1, 100), (1, 100)]
     assert all(torch.equal(x, y) for x, y in zip(windows, again, strict=True))
     assert len({name.split("@")[0] for name in names}) == 2

@@ -42,7 +42,7 @@ def test_other_settings_are_another_program(captures):
     regraft.compile(model, [regraft.KVQuant(bits=4)])
     eight = regraft.compile(model, [regraft.KVQuant(bits=8)])
     assert len(captures) == 2
-    assert dict(eight.program.cache.layers[0].settings)["bits"] == 8
+    assert dict(eight.program.cache.layers[0].settings)["key_bits"] == 8
 
 
 def test_what_changes_a_program_changes_its_key():

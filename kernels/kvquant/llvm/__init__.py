@@ -6,6 +6,7 @@ Raises KernelError where there is no kernel: the reference can take its place.
 from __future__ import annotations
 
 import math
+import threading
 from functools import cache
 from typing import Any
 
@@ -13,11 +14,21 @@ import torch
 from torch import Tensor
 
 from regraft.kernels.compiled import LEVELS, KernelError, cpu_level, kernel
-from regraft.kernels.kvquant.reference import Body, Levels
+from regraft.kernels.kvquant.layout import BLOCK
+from regraft.kernels.kvquant.reference import (
+    Body,
+    Levels,
+    Packed,
+    cap,
+    dequantize,
+    key_outliers,
+    pack_outliers,
+    residuals,
+)
 
 SIZES = (64, 80, 96, 128, 256)
-MOST = 512
-"""Outliers a token in a kernel's memory on the stack."""
+SHAPES = 8
+_own = threading.local()
 
 
 def attend(
@@ -41,8 +52,8 @@ def attend(
     if softcap > 0:
         raise KernelError("kernels for quantized caches have no soft cap")
     batch, query_heads, queries, size = q.shape
-    heads, rows = exact_key.shape[1], query_heads // exact_key.shape[1] * queries
-    key, value, tables = body.key, body.value, [] if body.table is None else [body.table]
+    heads, key, value = exact_key.shape[1], body.key, body.value
+    rows = query_heads // heads * queries
     tile = _tile(rows)
     function = _kernel(
         level,
@@ -52,57 +63,155 @@ def attend(
         tile,
         body.table is not None,
         (key.outliers is not None, value.outliers is not None),
-        str(exact_key.dtype).removeprefix("torch."),
+        exact_key.dtype,
         key.layout,
     )
-    padded = -(-rows // tile) * tile
     splits = max(1, min(-(-torch.get_num_threads() // batch), -(-body.blocks // 8)))
-    parts = (batch, splits, heads)
-    out = torch.empty(batch, heads, rows, value.size)
-    turned = [torch.empty(*parts, padded // tile, size, 8)] if key.outliers is not None else []
     if not exact_key.shape[2]:
-        exact_key, exact_value = (x.new_zeros(batch, heads, 1, n) for x, n in
-                                  ((exact_key, size), (exact_value, value.size)))  # fmt: skip
+        exact_key, exact_value = (
+            x.new_zeros(batch, heads, 1, x.shape[3]) for x in (exact_key, exact_value)
+        )
         exact_mask = exact_mask.new_full((batch, queries, 1), -math.inf)
     if exact_key.dtype == torch.bfloat16:
         exact_key, exact_value = exact_key.view(torch.uint16), exact_value.view(torch.uint16)
-    tensors = [
+    packed = [
         *(key.codes, key.levels, key.unit, value.codes, value.levels, value.unit),
         *(key.scale, value.scale, key.zero, value.zero),
-        *(table.unflatten(2, (size // 2, 2, 32)) for table in tables),
-        *(x for x in (key.outliers, key.offsets) if x is not None),
-        *(x for x in (value.outliers, value.offsets) if x is not None),
-    ]
+        *(x for x in (body.table,) if x is not None),
+        *(x for part in (key, value) if part.outliers is not None
+          for x in (part.outliers, part.offsets)),
+    ]  # fmt: skip
     if not body.blocks:
-        tensors = [_with_room(x) for x in tensors]
+        packed = [_with_room(x) for x in packed]
+    out = torch.empty(batch, query_heads, queries, value.size)
     function(
-        q.float().contiguous().view(batch, heads, rows, size),
+        q.float().contiguous(),
         out,
         first,
         body.blocks,
         body.group // 32 or 1 << 40,
         scale,
-        *tensors,
-        *(exact_key, exact_value, exact_mask),
-        sinks.view(heads, -1),
-        torch.empty(*parts, padded, value.size),
-        torch.empty(*parts, padded, 2),
-        torch.empty(batch, splits, padded, 256),
-        *_tables(level, parts, padded, size),
-        torch.empty(*parts, padded),
-        *turned,
+        *packed,
+        exact_key,
+        exact_value,
+        exact_mask,
+        sinks,
+        *_scratch(level, (batch, splits, heads), -(-rows // tile), tile, size, value.size,
+                  key.outliers is not None),
+    )  # fmt: skip
+    return out.to(q.dtype)
+
+
+def append(
+    x: Tensor,
+    packed: Packed,
+    midpoints: Tensor,
+    start: int,
+    group: int = 0,
+    level: str | None = None,
+) -> None:
+    """Quantise whole blocks of x [B, H, 32 * n, D] into ``packed``, from its block start on.
+
+    x: float32, bfloat16 or float16, keys not rotated; midpoints: float32 [2**bits - 1] of the
+    codebook. The scales and zeros of keys are read, those of values written; a row of the keys'
+    serves ``group`` tokens, all of them where it is 0. Raises KernelError as ``attend`` does.
+    """
+    count = 0 if packed.outliers is None else packed.outliers.shape[2] // 32
+    function = _append_kernel(
+        level or cpu_level(), packed.kind, x.shape[1], packed.size, packed.bits, count, x.dtype
     )
-    return out.view(batch, query_heads, queries, value.size).to(q.dtype)
+    if x.dtype == torch.bfloat16:
+        x = x.view(torch.uint16)
+    blocks = x.shape[2] // 32
+    outliers = () if packed.outliers is None else (packed.outliers, packed.offsets)
+    function(
+        *(x, blocks, start, group // 32 or 1 << 40, packed.unit, packed.levels, midpoints),
+        *(packed.codes, packed.scale, packed.zero, *outliers),
+    )
 
 
-def _tables(level: str, parts: tuple[int, ...], rows: int, size: int) -> tuple[Tensor, Tensor]:
-    """Room for the channels' tables and for the query in the kernel's numbers."""
+def quantize(
+    kind: str,
+    x: Tensor,
+    book: Levels,
+    bits: int,
+    share: float,
+    layout: str,
+    scale: Tensor | None = None,
+    zero: Tensor | None = None,
+    weight: Tensor | None = None,
+) -> Packed:
+    """The reference's ``quantize``, bit for bit; KernelError as ``append``."""
+    batch, heads, length, size = x.shape
+    blocks, count = length // BLOCK, cap(share, heads * size)
+    group, outliers, offsets = 0, None, None
+    if scale is None or zero is None:
+        scale, zero = (torch.empty(batch, blocks, BLOCK, dtype=torch.float16) for _ in "sz")
+        if count:
+            outliers = torch.empty(batch, blocks, BLOCK * count, dtype=torch.int32)
+            offsets = torch.empty(batch, blocks, heads + 1, dtype=torch.int32)
+    elif scale.shape[2] > 1:
+        group = length // scale.shape[2]
+    codes = torch.empty(batch, heads, blocks, BLOCK * size * bits // 8, dtype=torch.uint8)
+    packed = Packed(
+        *(kind, bits, size, layout, codes, scale, zero, book.levels, book.unit, outliers, offsets)
+    )
+    append(x, packed, book.midpoints, 0, group)
+    if kind == "key" and count:
+        read = dequantize(Body(packed, packed, blocks, group), kind)
+        residual = residuals(x, read, key_outliers(x, read, count, weight))
+        packed.outliers, packed.offsets = pack_outliers(residual, count)
+    return packed
+
+
+@cache
+def _append_kernel(
+    level: str, kind: str, heads: int, size: int, bits: int, count: int, dtype: torch.dtype
+) -> Any:
+    if size not in SIZES or bits not in (2, 3, 4) or not count < heads * size - 1:
+        raise KernelError(f"no CPU kernel packs {count} outliers, heads of {size}, {bits} bits")
+    key = (kind, heads, size, bits, count, str(dtype).removeprefix("torch."))
+
+    def make() -> Any:
+        from regraft.kernels.kvquant.llvm.coding import Side, make
+
+        return make(Side(*key))
+
+    return kernel("append", make, LEVELS[level], key)
+
+
+def _scratch(
+    level: str,
+    parts: tuple[int, int, int],
+    tiles: int,
+    tile: int,
+    size: int,
+    value_size: int,
+    outliers: bool,
+) -> tuple[Tensor, ...]:
+    """Working memory of the kernel; each thread keeps that of its last few shapes."""
+    kept: dict[Any, tuple[Tensor, ...]] = vars(_own).setdefault("scratch", {})
+    shape = (level, parts, tiles, tile, size, value_size, outliers)
+    if shape in kept:
+        return kept[shape]
+    if len(kept) == SHAPES:
+        kept.clear()
+    rows = tiles * tile
     if level == "portable":
-        return torch.empty(*parts, size, 16), torch.empty(*parts, rows, size)
-    return (
-        torch.empty(*parts, size, 32, dtype=torch.uint8),
-        torch.empty(*parts, rows, size // 2, dtype=torch.int32),
+        tables, query = torch.empty(*parts, size, 16), torch.empty(*parts, rows, size)
+    else:
+        tables = torch.empty(*parts, size, 32, dtype=torch.uint8)
+        query = torch.empty(*parts, rows, size // 2, dtype=torch.int32)
+    kept[shape] = (
+        torch.empty(*parts, rows, value_size),
+        torch.empty(*parts, rows, 2),
+        torch.empty(*parts[:2], rows, 256),
+        tables,
+        query,
+        torch.empty(*parts, rows),
+        *([torch.empty(*parts, tiles, size, 8)] if outliers else []),
     )
+    return kept[shape]
 
 
 def _with_room(x: Any) -> Any:
@@ -126,87 +235,17 @@ def _kernel(
     rows: int,
     rotated: bool,
     outliers: tuple[bool, bool],
-    exact_dtype: str,
+    exact_dtype: torch.dtype,
     layout: str,
 ) -> Any:
     if not (set(sizes) <= set(SIZES) and set(bits) <= {2, 3, 4} and layout == "llvm"):
         raise KernelError(f"no CPU kernel for heads of {sizes}, {bits} bits, layout {layout}")
-    key = (level, heads, *sizes, *bits, rows, rotated, *outliers, exact_dtype)
+    dtype = str(exact_dtype).removeprefix("torch.")
+    key = (level, heads, *sizes, *bits, rows, rotated, *outliers)
 
     def make() -> Any:
         from regraft.kernels.kvquant.llvm import generate
 
-        return generate.make(generate.Shape(*key))
+        return generate.make(generate.Shape(*key, dtype))
 
-    return kernel("attend", make, LEVELS[level], key)
-
-
-def append_keys(
-    x: Tensor,
-    scale: Tensor,
-    zero: Tensor,
-    book: Levels,
-    bits: int,
-    group: int = 0,
-    count: int = 0,
-    level: str | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Code whole blocks of keys x [B, H, 32 * n, D], not rotated, in the layout "llvm".
-
-    scale, zero: float16 [1 or B, H, groups, D], a row for ``group`` tokens (a multiple of 32) or,
-    with 0, for all. Returns the codes uint8 [B, H, n, 32 * D * bits / 8] and, with at most
-    ``count`` outliers a token, their entries int32 [B, n, 32 * count] and offsets int32
-    [B, n, H + 1], else None twice: what the reference gives, bit for bit, except that of equally
-    far outliers the first channels stay. level: one of LEVELS, the processor's best by default.
-    Raises KernelError for bits not in 2, 3, 4, head sizes that are no multiples of 16, more than
-    MOST outliers, and where nothing can be compiled.
-    """
-    x, codes, found = _room(x, bits, count)
-    function = _append_kernel("key", x.shape[1], x.shape[3], bits, count, level or cpu_level())
-    per_row = group // 32 or 1 << 40
-    function(x, codes, book.midpoints, book.levels, book.unit, per_row, scale, zero, *found)
-    return (codes, *(found or (None, None)))
-
-
-def append_values(
-    x: Tensor, book: Levels, bits: int, count: int = 0, level: str | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Codes, scale and zero (float16 [B, n, 32]), entries and offsets of values: ``append_keys``
-    with the ranges of tokens, whose ``count`` largest and smallest values are outliers.
-
-    Of equal ones the first channels count as larger.
-    """
-    x, codes, found = _room(x, bits, count)
-    function = _append_kernel("value", x.shape[1], x.shape[3], bits, count, level or cpu_level())
-    scale, zero = (codes.new_empty(len(x), codes.shape[2], 32, dtype=torch.half) for _ in "sz")
-    function(x, codes, book.midpoints, book.levels, book.unit, scale, zero, *found)
-    return (codes, scale, zero, *(found or (None, None)))
-
-
-def _room(x: Tensor, bits: int, count: int) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """x as kernels read it, room for its codes, and for entries and offsets."""
-    x = x.float()
-    x = x if x.stride(3) == 1 else x.contiguous()
-    batch, heads, length, size = x.shape
-    blocks = length // 32
-    codes = torch.empty(batch, heads, blocks, 4 * size * bits, dtype=torch.uint8)
-    if not count:
-        return x, codes, []
-    parts = ((32 * count,), (heads + 1,))
-    return x, codes, [torch.empty(batch, blocks, *part, dtype=torch.int32) for part in parts]
-
-
-@cache
-def _append_kernel(kind: str, heads: int, size: int, bits: int, count: int, level: str) -> Any:
-    if size % 16 or bits not in (2, 3, 4) or count > MOST:
-        raise KernelError(
-            f"no CPU kernel codes heads of {size} in {bits} bits with {count} outliers a token"
-        )
-    key = (kind, heads, size, bits, count)
-
-    def make() -> Any:
-        from regraft.kernels.kvquant.llvm import append
-
-        return append.make(append.Shape(*key))
-
-    return kernel("append", make, LEVELS[level], key)
+    return kernel("attend", make, LEVELS[level], (key, dtype))

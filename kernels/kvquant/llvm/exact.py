@@ -11,9 +11,9 @@ from regraft.kernels.kvquant.llvm.simd import (
     Floats,
     Registers,
     divided,
-    fill,
     get,
     load,
+    load_float,
     local,
     loop,
     opaque,
@@ -46,7 +46,7 @@ class _Row:
 
     def run(self) -> None:
         a, out_size = self.a, self.shape.value_size
-        sink = T.Bind(get(a.sinks, self.head, self.group))
+        sink = T.Bind(get(a.sinks, self.head * a.group_size + self.group))
         put(self.top, T.max(sink, T.float32(NEVER)), 0)
         put(self.share, T.Select(sink > T.float32(NEVER), T.float32(1), T.float32(0)), 0)
         with loop(out_size // LANES) as i:
@@ -124,9 +124,4 @@ class _Row:
                 store(self.total, sums[v], at, lanes=LANES)
 
     def _exact(self, tensor: Any, token: Expr, at: Expr) -> Expr:
-        """float32 of a vector; bfloat16 comes as its bits."""
-        x = load(tensor, self.b, self.head, token, at, lanes=LANES)
-        if tensor.dtype == "uint16":
-            wide = T.shift_left(T.Cast(f"uint32x{LANES}", x), fill(16, "uint32", LANES))
-            return T.Bind(T.reinterpret(FLOATS.dtype, wide))
-        return T.Bind(T.Cast(FLOATS.dtype, x))
+        return load_float(tensor, self.b, self.head, token, at, lanes=LANES)

@@ -8,6 +8,7 @@ from typing import Any
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
+from regraft.kernels.kvquant.llvm import simd
 from regraft.kernels.kvquant.llvm.exact import combine
 from regraft.kernels.kvquant.llvm.keys import FixedKeys
 from regraft.kernels.kvquant.llvm.outliers import Outliers
@@ -59,6 +60,10 @@ def make(shape: Shape) -> Any:
         with T.prim_func(s_tir=True):
             T.func_name("attend")
             a = _arguments(shape)
+            a.group_size = opaque(T.truncdiv(a.query_heads, T.int64(shape.heads)))
+            a.rows = opaque(a.group_size * a.queries)
+            for name in ("q", "out"):
+                _by_rows(a, name, shape)
             with parallel(a.batch * a.splits) as task:
                 _Body(shape, a, task).run()
             combine(shape, a)
@@ -83,6 +88,13 @@ def values_of(shape: Shape) -> FixedValues | PlainValues:
     )
 
 
+def _by_rows(a: Any, name: str, shape: Shape) -> None:
+    """View a tensor [B, Hq, S, *] as [B, H, rows, *]."""
+    buffer = getattr(a, name)
+    dims = (a.batch, T.int64(shape.heads), a.rows, buffer.shape[3])
+    setattr(a, name, T.decl_buffer(dims, buffer.dtype, data=buffer.data, align=4))
+
+
 class _Arguments:
     pass
 
@@ -90,28 +102,20 @@ class _Arguments:
 def _arguments(shape: Shape) -> Any:
     a: Any = _Arguments()
     batch, groups, scales = (T.int64() for _ in range(3))
-    rows, padded, queries, splits, angles = (T.int64() for _ in range(5))
+    query_heads, queries, padded, splits, angles = (T.int64() for _ in range(5))
     exact, words_k, words_v = (T.int64() for _ in range(3))
     heads, size, out_size = shape.heads, shape.key_size, shape.value_size
 
     def tensor(name: str, dims: tuple[Any, ...], dtype: str) -> None:
-        dims = tuple(T.int64(d) if isinstance(d, int) else d for d in dims)
-        buffer = T.match_buffer(T.arg(name, T.handle()), dims, dtype, align=1)
-        setattr(a, name, buffer)
-
-    def strided(name: str, dims: tuple[Any, ...], dtype: str) -> None:
-        dims = tuple(T.int64(d) if isinstance(d, int) else d for d in dims)
-        strides = [*(T.int64() for _ in dims[1:]), T.int64(1)]
-        handle = T.arg(name, T.handle())
-        setattr(a, name, T.match_buffer(handle, dims, dtype, strides=strides, align=1))
+        setattr(a, name, simd.tensor(name, dims, dtype))
 
     def scalar(name: str, dtype: str) -> None:
         setattr(a, name, T.arg(name, getattr(T, dtype)()))
 
-    a.batch, a.rows, a.padded, a.queries, a.splits = batch, rows, padded, queries, splits
-    a.exact, a.scales, a.angles = exact, scales, angles
-    tensor("q", (batch, heads, rows, size), "float32")
-    tensor("out", (batch, heads, rows, out_size), "float32")
+    a.batch, a.padded, a.queries, a.splits = batch, padded, queries, splits
+    a.query_heads, a.exact, a.scales, a.angles = query_heads, exact, scales, angles
+    tensor("q", (batch, query_heads, queries, size), "float32")
+    tensor("out", (batch, query_heads, queries, out_size), "float32")
     tensor("first", (batch, queries), "int32")
     scalar("blocks", "int64")
     scalar("group", "int64")
@@ -125,16 +129,15 @@ def _arguments(shape: Shape) -> Any:
         tensor(f"key_{part}", (scales, heads, groups, size), "float16")
         tensor(f"value_{part}", (batch, T.int64(), TOKENS), "float16")
     if shape.rotated:
-        tensor("rotation", (angles, T.int64(), size // 2, 2, TOKENS), "int16")
+        tensor("rotation", (angles, T.int64(), size * TOKENS), "int16")
     for side, words in (("key", words_k), ("value", words_v)):
         if getattr(shape, f"{side}_outliers"):
             tensor(f"{side}_outliers", (batch, T.int64(), words), "int32")
             tensor(f"{side}_offsets", (batch, T.int64(), heads + 1), "int32")
-    exact_dtype = {"bfloat16": "uint16"}.get(shape.exact_dtype, shape.exact_dtype)
-    strided("exact_key", (batch, heads, exact, size), exact_dtype)
-    strided("exact_value", (batch, heads, exact, out_size), exact_dtype)
+    for name, width in (("exact_key", size), ("exact_value", out_size)):
+        setattr(a, name, simd.strided(name, (batch, heads, exact, width), shape.exact_dtype))
     tensor("exact_mask", (batch, queries, exact), "float32")
-    tensor("sinks", (heads, T.int64()), "float32")
+    tensor("sinks", (query_heads,), "float32")
     tensor("sums", (batch, splits, heads, padded, out_size), "float32")
     tensor("softmax", (batch, splits, heads, padded, 2), "float32")
     tensor("scores", (batch, splits, padded, SPAN), "float32")

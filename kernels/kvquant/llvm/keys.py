@@ -27,6 +27,7 @@ from regraft.kernels.kvquant.llvm.simd import (
     repeat,
     shuffle,
     store,
+    turn,
 )
 
 TOKENS = 32
@@ -145,7 +146,7 @@ class FixedKeys:
         scratch: Any,
     ) -> None:
         """Fill the scratch with the (rotated) keys of the block codes[*at], cos and sin in
-        rotation[*angle, pair, 0 | 1, token]."""
+        rotation[*angle]."""
         per_row = {4: 1, 2: 2, 3: 4}[self.bits]
         with loop(self.pairs // per_row) as i:
             index = self._indices(codes, at, i)
@@ -210,7 +211,9 @@ class FixedKeys:
         self, a: Expr, b: Expr, rotation: Any, angle: tuple[Expr, ...], pair: Expr, v: int
     ) -> tuple[Expr, Expr]:
         m, lanes = self.machine, self.machine.lanes * 2
-        cos, sin = (load(rotation, *angle, pair, side, v * lanes, lanes=lanes) for side in (0, 1))
+        cos, sin = (
+            load(rotation, *angle, turn(pair, side, v * lanes), lanes=lanes) for side in (0, 1)
+        )
         first = T.Bind(m.multiply_high(a, cos) - m.multiply_high(b, sin))
         second = T.Bind(m.multiply_high(b, cos) + m.multiply_high(a, sin))
         return first, second

@@ -1,4 +1,4 @@
-"""The k largest of many numbers: a bound, the candidates that reach it, their order by insertion."""
+"""The k largest of many numbers: a bound, the candidates that reach it, insertion in order."""
 
 from __future__ import annotations
 

@@ -22,6 +22,7 @@ from regraft.kernels.kvquant.llvm.simd import (
     put,
     shuffle,
     store,
+    turn,
 )
 
 TOKENS, ROWS, SPAN = 32, 4, 256
@@ -80,7 +81,7 @@ class Outliers:
                 second = T.Cast("int64", channel >= T.int64(self.size // 2))
                 pair = T.Bind(channel - second * (self.size // 2))
                 cos, sin = (
-                    T.Cast("float32", get(rotation, angle, block, pair, side, token)) * value
+                    T.Cast("float32", get(rotation, angle, block, turn(pair, side, token))) * value
                     for side in (0, 1)
                 )
                 partner = load(queries, *where, channel, ROWS, lanes=4)

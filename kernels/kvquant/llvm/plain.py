@@ -23,6 +23,7 @@ from regraft.kernels.kvquant.llvm.simd import (
     loop,
     put,
     store,
+    turn,
 )
 
 TOKENS, LANES = 32, 8
@@ -97,7 +98,7 @@ class PlainKeys:
                     cos, sin = (
                         T.Cast(
                             FLOATS.dtype,
-                            load(rotation, *angle, pair, side, v * LANES, lanes=LANES),
+                            load(rotation, *angle, turn(pair, side, v * LANES), lanes=LANES),
                         )
                         * FLOATS.of(2.0**-14)
                         for side in (0, 1)

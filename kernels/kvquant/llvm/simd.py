@@ -15,6 +15,19 @@ def integer(x: int | Expr) -> Expr:
     return T.int64(x) if isinstance(x, int) else x
 
 
+def tensor(name: str, shape: Sequence[Any], dtype: str) -> Any:
+    """An argument, contiguous and aligned to nothing."""
+    return T.match_buffer(T.arg(name, T.handle()), list(map(integer, shape)), dtype, align=1)
+
+
+def strided(name: str, shape: Sequence[Any], dtype: str) -> Any:
+    """An argument whose last dimension alone is contiguous; bfloat16 comes as its bits."""
+    dtype = {"bfloat16": "uint16"}.get(dtype, dtype)
+    strides = [*(T.int64() for _ in shape[1:]), T.int64(1)]
+    handle, dims = T.arg(name, T.handle()), list(map(integer, shape))
+    return T.match_buffer(handle, dims, dtype, strides=strides, align=1)
+
+
 def loop(stop: int | Expr, start: int | Expr = 0) -> Any:
     return T.serial(integer(start), integer(stop))
 
@@ -32,6 +45,15 @@ def local(shape: Sequence[int], dtype: str = "float32") -> Any:
 def load(buffer: Any, *index: Expr, lanes: int) -> Expr:
     dtype = f"{buffer.dtype}x{lanes}" if lanes > 1 else buffer.dtype
     return T.Bind(buffer.vload(list(map(integer, index)), dtype))
+
+
+def load_float(buffer: Any, *index: Expr, lanes: int) -> Expr:
+    """A float32 vector of an argument of a model's dtype; uint16 is bfloat16."""
+    x = load(buffer, *index, lanes=lanes)
+    if buffer.dtype != "uint16":
+        return T.Bind(T.Cast(f"float32x{lanes}", x))
+    wide = T.shift_left(T.Cast(f"uint32x{lanes}", x), fill(16, "uint32", lanes))
+    return T.Bind(T.reinterpret(f"float32x{lanes}", wide))
 
 
 def store(buffer: Any, value: Expr, *index: Expr, lanes: int) -> None:
@@ -93,6 +115,11 @@ def repeat(vector: Expr, lanes: int, times: int) -> Expr:
     return vector if times == 1 else shuffle([vector] * times, [*range(lanes)] * times)
 
 
+def turn(pair: Expr, side: int, token: Expr) -> Expr:
+    """Where a block's rotations hold the cosine (side 0) or sine (1) of a pair and token."""
+    return (pair * 2 + side) * 32 + token
+
+
 class Floats:
     """Float32 vectors of one length."""
 
@@ -119,8 +146,12 @@ class Floats:
         return call(self.dtype, f"llvm.sqrt.{suffix(self.dtype)}", x)
 
     def total(self, x: Expr) -> Expr:
-        name = f"llvm.vector.reduce.fadd.{suffix(self.dtype)}"
-        return call("float32", name, T.float32(0), x)
+        """The sum of all lanes, by halves."""
+        lanes = self.lanes
+        while lanes > 1:
+            lanes //= 2
+            x = T.Bind(shuffle([x], range(lanes)) + shuffle([x], range(lanes, 2 * lanes)))
+        return x
 
     def largest(self, x: Expr) -> Expr:
         return call("float32", f"llvm.vector.reduce.fmax.{suffix(self.dtype)}", x)

@@ -1,0 +1,221 @@
+"""Codebooks and key ranges that cost a model least, from what it does on sample text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from regraft.kernels.kvquant.codebook import Codebook, fitted, fixed, q_norm
+from regraft.kernels.kvquant.reference import cap, key_outliers, quantize_values
+from regraft.kernels.kvquant.simulate import read_keys, read_values
+from regraft.passes.recorder import record
+from regraft.program import Program, RegraftError
+from regraft.program.program import source_of
+
+LENGTH, GRADIENTS, ROUNDS = 2048, 4, 3
+KINDS = ("key", "value")
+"""Where cached_attention has them: arguments 1 and 2."""
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """Keys or values float16 [1, H, n, D] of a layer, and ``weight`` [1, H, m, D]: the squared
+    gradients of the loss to the first m tokens of them."""
+
+    x: Tensor
+    weight: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """A codebook, its share of outliers, the error expected of them (what they add to the loss of
+    a token), and for keys float16 scale, zero and weight of each channel [1, H, 1, D]."""
+
+    book: Codebook
+    outliers: float
+    error: float
+    scale: Tensor | None = None
+    zero: Tensor | None = None
+    weight: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All but the share and the error, by name; the codebook's unit as float32 []."""
+        unit = torch.tensor(self.book.unit)
+        found = {"levels": self.book.levels, "midpoints": self.book.midpoints, "unit": unit}
+        ranged = {"scale": self.scale, "zero": self.zero, "weight": self.weight}
+        return found | {name: x for name, x in ranged.items() if x is not None}
+
+
+def pieces(calibration: Sequence[Any], vocabulary: int | None) -> list[Tensor]:
+    """Token ids [1, n <= LENGTH] of every row of the batches, padding left out.
+
+    A batch is a tensor of ids [rows, length] or [length], or a dict with input_ids and
+    perhaps an attention_mask.
+    """
+    found = []
+    for batch in calibration:
+        named = batch if hasattr(batch, "keys") else {"input_ids": batch}
+        ids = torch.as_tensor(named["input_ids"])
+        if ids.dtype not in (torch.int64, torch.int32) or ids.dim() not in (1, 2):
+            raise RegraftError("calibration takes batches of token ids [rows, length]")
+        ids = torch.atleast_2d(ids).long()
+        mask = named.get("attention_mask") if hasattr(batch, "keys") else None
+        real = torch.ones_like(ids) if mask is None else torch.atleast_2d(torch.as_tensor(mask))
+        for row, kept in zip(ids, real, strict=True):
+            found += [p[None] for p in row[kept.bool()].split(LENGTH) if len(p) > 1]
+    if not found:
+        raise RegraftError("calibration is empty: give batches of token ids, 16 of 2048 are enough")
+    for ids in found:
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or (vocabulary is not None and high >= vocabulary):
+            wrong = low if low < 0 else high
+            raise RegraftError(
+                f"calibration holds token {wrong}, the model knows {vocabulary}: use its tokenizer"
+            )
+    return found
+
+
+def collect(
+    program: Program,
+    nodes: Sequence[fx.Node],
+    batches: Sequence[Tensor],
+    sink: int,
+    tell: Callable[[str], None],
+) -> list[dict[str, Samples]]:
+    """A layer's keys and values over the batches [1, n], the first ``sink`` tokens left out.
+
+    GRADIENTS batches, evenly spread, come first and have gradients; of the others, only keys are
+    kept.
+    """
+    spread = sorted({i * len(batches) // GRADIENTS for i in range(GRADIENTS)})
+    order = [*spread, *(i for i in range(len(batches)) if i not in spread)]
+    kept: list[dict[str, list[Tensor]]] = [{} for _ in nodes]
+    for turn, index in enumerate(order):
+        tell(f"calibration {turn + 1} of {len(order)}")
+        differentiated = turn < len(spread)
+        found = record(program, dict.fromkeys(nodes, (1, 2)), batches[index], differentiated)
+        for node, store in zip(nodes, kept, strict=True):
+            for kind, (x, gradient) in zip(KINDS, found.pop(node), strict=True):
+                _check_finite(node, kind, x, gradient)
+                if differentiated or kind == "key":
+                    store.setdefault(kind, []).append(_half(x[:, :, sink:]))
+                if gradient is not None:
+                    weight = gradient[:, :, sink:].float().square()
+                    store.setdefault(f"{kind} weight", []).append(weight)
+    return [
+        {
+            kind: Samples(torch.cat(store[kind], 2), torch.cat(store[f"{kind} weight"], 2))
+            for kind in KINDS
+        }
+        for store in kept
+    ]
+
+
+def fit(kind: str, samples: Samples, bits: int, outliers: float, qnorm: bool) -> Fit:
+    """The codes of ``bits`` bits with this share of outliers that cost least; RegraftError where
+    there are too few samples to tell.
+
+    Source: KVQuant (arXiv 2401.18079), whose keys are ranged by quantiles and whose codebook
+    minimises the error weighted by squared gradients and ranges (Eq. 7). Here it is fitted to
+    what outliers leave to codes, and the ranges of keys are then fitted to it, in turn.
+    """
+    tokens = samples.weight.shape[2]
+    if tokens < (needed := 16 * min(2**bits, 16)):
+        raise RegraftError(
+            f"calibration has {tokens} tokens after the sink, {bits}-bit codes need {needed}: "
+            "give more text"
+        )
+    channels = samples.x.shape[1] * samples.x.shape[3]
+    count = cap(outliers, channels)
+    x = samples.x[:, :, :tokens].float()
+    ranges: list[Tensor] = []
+    if kind == "key":
+        book, *ranges, y, weight = _fit_keys(samples, x, bits, outliers, count)
+    else:
+        book, y, weight = _fit_values(samples, x, bits, count)
+    if qnorm:
+        book = q_norm(book, y, (weight > 0).float())
+    if kind == "key":
+        scale, zero, sensitivity = ranges
+        read = read_keys(x, scale, zero, book, count, sensitivity)
+    else:
+        read = read_values(x, book, count)
+    error = float((samples.weight * (x - read).square()).sum()) / (2 * tokens)
+    return Fit(book, outliers, error, *ranges)
+
+
+def _fit_keys(
+    samples: Samples, x: Tensor, bits: int, outliers: float, count: int
+) -> tuple[Codebook, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Codebook, scale, zero, weights of channels; normalised keys and their weights, 0 for
+    outliers."""
+    scale, zero = quantiles(samples.x, outliers)
+    channels = samples.weight.mean(2, keepdim=True).sqrt()
+    channels = (channels / channels.max().clamp(min=1e-30)).half()
+    inside = (x - zero.float()).abs() <= scale
+    coded = inside if count else torch.ones_like(inside)
+    for turn in range(ROUNDS + 1):
+        divisor = torch.where(scale == 0, 1.0, scale.float())
+        y, weight = (x - zero.float()) / divisor, samples.weight * coded
+        book = fixed("uniform", 8) if bits == 8 else fitted(y, weight * divisor.square(), bits)
+        if bits == 8 or turn == ROUNDS:
+            break
+        level = book.decode(book.encode(y))
+        scale, zero = _regress(x, level, weight, scale, zero)
+        coded = ~key_outliers(x, level * scale.float() + zero.float(), count, channels)
+    return book, scale, zero, channels, y, weight
+
+
+def _fit_values(
+    samples: Samples, x: Tensor, bits: int, count: int
+) -> tuple[Codebook, Tensor, Tensor]:
+    book = fixed("uniform", bits)
+    _, scale, zero, residual = quantize_values(x, book, count)
+    scale, zero = (part[:, None, :, None].float() for part in (scale, zero))
+    scale = torch.where(scale == 0, 1.0, scale)
+    weight = samples.weight if residual is None else samples.weight * (residual == 0)
+    y = (x - zero) / scale
+    return (book if bits == 8 else fitted(y, weight * scale.square(), bits)), y, weight
+
+
+def quantiles(x: Tensor, outliers: float) -> tuple[Tensor, Tensor]:
+    """float16 scale and zero [1, H, 1, D] of the range without the share of each channel."""
+    flat = x.float().transpose(2, 3).contiguous().numpy()
+    out = int(outliers / 2 * flat.shape[-1])
+    found = np.partition(flat, (out, flat.shape[-1] - 1 - out), axis=-1)
+    low, high = (torch.from_numpy(found[..., i]).unsqueeze(2) for i in (out, -1 - out))
+    return ((high - low) / 2).half(), ((high + low) / 2).half()
+
+
+def _regress(
+    x: Tensor, level: Tensor, weight: Tensor, scale: Tensor, zero: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The scale and zero of least weighted error of each channel for the levels chosen."""
+    total = weight.sum(2, keepdim=True)
+    mean, middle = ((weight * part).sum(2, keepdim=True) / total for part in (x, level))
+    spread = (weight * (level - middle).square()).sum(2, keepdim=True)
+    slope = (weight * (level - middle) * (x - mean)).sum(2, keepdim=True) / spread
+    sound = (slope > 0) & slope.isfinite()
+    slope = torch.where(sound, slope, scale.float())
+    return slope.half(), torch.where(sound, mean - slope * middle, zero.float()).half()
+
+
+def _half(x: Tensor) -> Tensor:
+    limit = torch.finfo(torch.float16).max
+    return x.float().clamp(-limit, limit).half()
+
+
+def _check_finite(node: fx.Node, kind: str, x: Tensor, gradient: Tensor | None) -> None:
+    wrong = "" if bool(x.isfinite().all()) else f"{kind}s"
+    if gradient is not None and not bool(gradient.isfinite().all()):
+        wrong = wrong or f"gradients of {kind}s"
+    if wrong:
+        raise RegraftError(
+            f"calibration: the {wrong} of {source_of(node)} are not finite; run the model in "
+            "float32 or bfloat16, or leave out the batch that does this"
+        )
