@@ -9,7 +9,9 @@ from tvm.script.ir_builder import tirx as T
 
 from regraft.kernels.kvquant.llvm.simd import (
     Expr,
+    Registers,
     call,
+    fill,
     get,
     load,
     local,
@@ -45,6 +47,12 @@ class Candidates:
                 put(self.values, get(one, lane), self.count[0])
                 put(self.places, T.Cast("int32", place + lane), self.count[0])
                 put(self.count, self.count[0] + T.Cast("int64", get(taken, lane)), 0)
+
+    def pad(self, value: float) -> Expr:
+        """Fill the last vector up; its end."""
+        length = opaque(self.count[0])
+        store(self.values, fill(value, "float32", LANES), length, lanes=LANES)
+        return opaque(T.shift_left(T.shift_right(length + 7, T.int64(3)), T.int64(3)))
 
     def each(self, visit: Callable[[Expr, Expr], None]) -> None:
         """visit(value, place)."""
@@ -109,6 +117,32 @@ def bound(vectors: list[Expr], k: int) -> Expr:
     lanes = local((LANES,))
     store(lanes, least, 0, lanes=LANES)
     return load(lanes, LANES - rank, lanes=1)
+
+
+def kth(values: Any, length: Expr, k: int) -> Expr:
+    """The k-th largest of float32 >= 0, length a multiple of 8; 0 where fewer are above 0.
+
+    Found bit by bit: floats >= 0 are ordered as their bits are.
+    """
+    bits = local((1,), "int32")
+    put(bits, T.int32(0), 0)
+    with loop(31) as i:
+        bit = T.shift_left(T.int32(1), T.int32(30) - T.Cast("int32", i))
+        trial = T.Bind(T.bitwise_or(bits[0], bit))
+        least = T.Bind(T.reinterpret("float32", trial))
+        reached = count_of(values, length, lambda x: x >= fill(least, "float32", LANES))
+        with T.If(reached >= T.int32(k)), T.Then():
+            put(bits, trial, 0)
+    return T.Bind(T.reinterpret("float32", bits[0]))
+
+
+def count_of(values: Any, length: Expr, condition: Callable[[Expr], Expr]) -> Expr:
+    """How many of the first ``length`` values, a multiple of 8, meet a condition on vectors."""
+    total = Registers(1, "int32", LANES)
+    with loop(opaque(T.shift_right(length, T.int64(3)))) as i:
+        met = T.Cast(f"int32x{LANES}", condition(load(values, i * LANES, lanes=LANES)))
+        total[0] = total[0] + met
+    return call("int32", f"llvm.vector.reduce.add.v{LANES}i32", total[0])
 
 
 def _sorted(x: Expr) -> Expr:

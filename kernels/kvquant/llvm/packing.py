@@ -15,7 +15,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
 from regraft.kernels.kvquant.layout import PLANES
-from regraft.kernels.kvquant.llvm.largest import Candidates, Largest, bound
+from regraft.kernels.kvquant.llvm.largest import Candidates, Largest, bound, count_of, kth
 from regraft.kernels.kvquant.llvm.simd import (
     Expr,
     Floats,
@@ -23,7 +23,6 @@ from regraft.kernels.kvquant.llvm.simd import (
     call,
     divided,
     fill,
-    gather,
     get,
     load,
     local,
@@ -49,6 +48,7 @@ class Shape:
     size: int
     bits: int
     count: int
+    weighted: bool
 
     @property
     def width(self) -> int:
@@ -57,14 +57,14 @@ class Shape:
 
 
 def make(shape: Shape) -> Any:
-    """The PrimFunc ``append``; its arguments are those of ``_arguments``, in order."""
+    """The PrimFunc ``quantize``; its arguments are those of ``_arguments``, in order."""
     with IRBuilder() as builder:
         with T.prim_func(s_tir=True):
-            T.func_name("append")
+            T.func_name("quantize")
             a = _arguments(shape)
             with parallel(a.batch * a.blocks) as task:
                 (_Keys if shape.kind == "key" else _Values)(shape, a, task).run()
-    return builder.get().with_attr("global_symbol", "append")
+    return builder.get().with_attr("global_symbol", "quantize")
 
 
 class _Arguments:
@@ -93,6 +93,8 @@ def _arguments(shape: Shape) -> Any:
     affine = (scales, heads, groups, size) if shape.kind == "key" else (batch, blocks, TOKENS)
     tensor("scale", affine, "float16")
     tensor("zero", affine, "float16")
+    if shape.weighted:
+        tensor("weight", (1, heads, 1, size), "float16")
     if count:
         tensor("outliers", (batch, blocks, TOKENS * count), "int32")
         tensor("offsets", (batch, blocks, heads + 1), "int32")
@@ -108,23 +110,11 @@ class _Block:
         self.first = T.Bind(self.block * TOKENS)
         self.scale, self.zero, self.divisor = (local((scales,)) for _ in range(3))
         self.midpoints = [T.Bind(get(a.midpoints, i)) for i in range(2**shape.bits - 1)]
-
-    def run(self) -> None:
-        if self.shape.count:
-            self.chosen = local((TOKENS, self.shape.count + 1), "int32")
-            self.cursor, self.candidates = local((TOKENS,), "int64"), Candidates(self.shape.width)
-        self.choose()
-        with loop(self.shape.heads) as head:
-            self.write_codes(head)
-        if self.shape.count:
-            self.write_outliers()
-
-    def choose(self) -> None:
-        """Fill scale, zero and divisor, and each token's row of ``chosen``."""
-        raise NotImplementedError
-
-    def write_codes(self, head: Expr) -> None:
-        raise NotImplementedError
+        self.levels = [
+            T.Bind(T.Cast("float32", get(a.levels, i)) * a.unit) for i in range(2**shape.bits)
+        ]
+        self.used = local((1,), "int64")
+        put(self.used, T.int64(0), 0)
 
     def affine(self, buffer: Any, head: Expr, token: Expr, channel: Expr) -> Expr:
         """Scale, zero or divisor of a vector of channels of a token."""
@@ -133,15 +123,28 @@ class _Block:
     def x(self, head: Expr, token: Expr, channel: Expr, lanes: int = LANES) -> Expr:
         return load(self.a.x, self.b, head, self.first + token, channel, lanes=lanes)
 
-    def codes(self, head: Expr, token: Expr, channel: Expr) -> Expr:
-        """int32 codes: how many midpoints lie below the normalised value."""
+    def normalised(self, head: Expr, token: Expr, channel: Expr) -> Expr:
         at = (head, token, channel)
         centred = T.Bind(self.x(*at) - self.affine(self.zero, *at))
-        y = T.Bind(centred / self.affine(self.divisor, *at))
+        return T.Bind(centred / self.affine(self.divisor, *at))
+
+    def codes(self, y: Expr) -> Expr:
+        """int32: how many midpoints lie below normalised values."""
         below = (T.Cast(FLOATS.ints, FLOATS.of(midpoint) < y) for midpoint in self.midpoints)
         total = local((LANES,), "int32")
         store(total, sum(below, next(below)), 0, lanes=LANES)
         return load(total, 0, lanes=LANES)
+
+    def error(self, y: Expr, head: Expr, token: Expr, channel: Expr) -> Expr:
+        """Values less what their codes read as."""
+        at, level = (head, token, channel), local((LANES,))
+        value = FLOATS.of(self.levels[0])
+        for midpoint, above in zip(self.midpoints, self.levels[1:], strict=True):
+            value = T.Select(FLOATS.of(midpoint) < y, FLOATS.of(above), value)
+        store(level, value, 0, lanes=LANES)
+        product = load(level, 0, lanes=LANES) * self.affine(self.scale, *at)
+        product = call(FLOATS.dtype, f"llvm.arithmetic.fence.{suffix(FLOATS.dtype)}", product)
+        return T.Bind(self.x(*at) - (product + self.affine(self.zero, *at)))
 
     def set_scale(self, i: Expr, scale: Expr, zero: Expr) -> None:
         """Keep float16 scale and zero at place i."""
@@ -155,58 +158,31 @@ class _Block:
         with loop(self.shape.heads) as head, loop(self.shape.size // LANES) as i:
             visit(head, i * LANES, T.Bind(head * self.shape.size + i * LANES))
 
-    def write_row(self, token: Expr, chosen: Callable[[Expr, Expr], Expr]) -> None:
-        """A row of ``chosen``: the candidates for which chosen(value, place), and an end."""
-        length = local((1,), "int64")
-        put(length, T.int64(0), 0)
+    def start_head(self, head: Expr) -> None:
+        put(self.a.offsets, T.Cast("int32", self.used[0]), self.b, self.block, head)
 
-        def add(value: Expr, place: Expr) -> None:
-            put(self.chosen, place, token, length[0])
-            put(length, length[0] + T.Cast("int64", chosen(value, place)), 0)
-
-        self.candidates.each(add)
-        put(self.chosen, T.int32(self.shape.width), token, length[0])
-        put(self.cursor, T.int64(0), token)
-
-    def write_outliers(self) -> None:
-        """Entries by head, token and channel; a residual of 0 needs none."""
-        a, shape, cursor = self.a, self.shape, self.cursor
-        used = local((1,), "int64")
-        put(used, T.int64(0), 0)
-        with loop(shape.heads) as head:
-            put(a.offsets, T.Cast("int32", used[0]), self.b, self.block, head)
-            end = T.Bind(T.Cast("int32", (head + 1) * shape.size))
-            with loop(TOKENS) as token:
-                with T.While(get(self.chosen, token, get(cursor, token)) < end):
-                    flat = T.Cast("int64", get(self.chosen, token, get(cursor, token)))
-                    channel = T.Bind(flat - head * shape.size)
-                    put(cursor, get(cursor, token) + 1, token)
-                    bits = T.Bind(T.Cast("int32", self._residual(head, token, channel)))
-                    with T.If(T.bitwise_and(bits, T.int32(0x7FFF)) != 0), T.Then():
-                        place = T.shift_left(token, T.int64(24)) + T.shift_left(
-                            channel, T.int64(16)
-                        )
-                        put(a.outliers, T.Cast("int32", place) + bits, self.b, self.block, used[0])
-                        put(used, used[0] + 1, 0)
-        put(a.offsets, T.Cast("int32", used[0]), self.b, self.block, shape.heads)
-        with loop(TOKENS * shape.count, opaque(used[0])) as i:
-            put(a.outliers, T.int32(0), self.b, self.block, i)
-
-    def _residual(self, head: Expr, token: Expr, channel: Expr) -> Expr:
-        """The bits (uint16) of a value less what its code reads as, in float16."""
-        lane = T.Bind(T.bitwise_and(channel, T.int64(LANES - 1)))
-        at, errors = (head, token, T.Bind(channel - lane)), local((LANES,))
-        whole = gather(self.a.levels, (), self.codes(*at), LANES)
-        level = T.Bind(T.Cast(FLOATS.dtype, whole) * FLOATS.of(self.a.unit))
-        product = level * self.affine(self.scale, *at)
-        product = call(FLOATS.dtype, f"llvm.arithmetic.fence.{suffix(FLOATS.dtype)}", product)
-        store(errors, self.x(*at) - (product + self.affine(self.zero, *at)), 0, lanes=LANES)
+    def write_outlier(self, head: Expr, token: Expr, channel: Expr) -> None:
+        """The next entry; a residual of 0 needs none."""
+        lane, errors = T.Bind(T.bitwise_and(channel, T.int64(LANES - 1))), local((LANES,))
+        at = (head, token, T.Bind(channel - lane))
+        store(errors, self.error(self.normalised(*at), *at), 0, lanes=LANES)
         clamped = T.min(get(errors, lane), T.float32(HALF_MAX))
-        return T.reinterpret("uint16", T.Cast("float16", T.max(clamped, T.float32(-HALF_MAX))))
+        half = T.Cast("float16", T.max(clamped, T.float32(-HALF_MAX)))
+        bits = T.Bind(T.Cast("int32", T.reinterpret("uint16", half)))
+        with T.If(T.bitwise_and(bits, T.int32(0x7FFF)) != 0), T.Then():
+            place = T.Bind(T.Cast("int32", token * 256 + channel))
+            entry = T.shift_left(place, T.int32(16)) + bits
+            put(self.a.outliers, entry, self.b, self.block, self.used[0])
+            put(self.used, self.used[0] + 1, 0)
+
+    def end_outliers(self) -> None:
+        self.start_head(T.int64(self.shape.heads))
+        with loop(TOKENS * self.shape.count, opaque(self.used[0])) as i:
+            put(self.a.outliers, T.int32(0), self.b, self.block, i)
 
 
 class _Keys(_Block):
-    """Scale and zero by channel; outliers: the furthest outside zero +- scale."""
+    """Scale and zero by channel; outliers: the largest weighted errors of the block."""
 
     def __init__(self, shape: Shape, a: Any, task: Expr) -> None:
         super().__init__(shape, a, task, shape.width)
@@ -214,44 +190,82 @@ class _Keys(_Block):
     def affine(self, buffer: Any, head: Expr, token: Expr, channel: Expr) -> Expr:
         return load(buffer, head * self.shape.size + channel, lanes=LANES)
 
-    def choose(self) -> None:
-        a = self.a
+    def run(self) -> None:
+        a, shape = self.a, self.shape
         row = opaque(T.min(self.b, a.scales - 1))
         group = divided(self.block, a.group)[0]
-
-        with loop(self.shape.heads) as head, loop(self.shape.size) as channel:
+        if shape.weighted:
+            self.weight = local((shape.width,))
+        with loop(shape.heads) as head, loop(shape.size) as channel:
+            flat = T.Bind(head * shape.size + channel)
             scale, zero = (get(part, row, head, group, channel) for part in (a.scale, a.zero))
-            self.set_scale(head * self.shape.size + channel, scale, zero)
+            self.set_scale(flat, scale, zero)
+            if shape.weighted:
+                weight = T.Cast("float32", get(a.weight, 0, head, 0, channel))
+                put(self.weight, weight, flat)
+        if shape.count:
+            self.errors = local((shape.heads * TOKENS, shape.size))
+            self.tops = local((shape.heads * TOKENS * LANES,))
+            with loop(shape.heads * TOKENS) as i:
+                store(self.tops, FLOATS.of(0.0), i * LANES, lanes=LANES)
+        with loop(shape.heads) as head:
+            self._write_codes(head)
+        if shape.count:
+            self._write_outliers()
+
+    def _write_outliers(self) -> None:
+        """Candidates reach what as many of the vectors' largest reach."""
+        shape, most = self.shape, TOKENS * self.shape.count
+        ends = local((shape.heads + 1,), "int64")
+        found = Candidates(shape.width * TOKENS)
+        found.clear()
+        put(ends, T.int64(0), 0)
+        tops = shape.heads * TOKENS * LANES
+        floor = kth(self.tops, T.int64(tops), most) if most <= tops else T.float32(0)
+        floor = T.Bind(T.max(floor, T.float32(1e-45)))
+        with loop(shape.heads) as head:
+            with loop(TOKENS) as token, loop(shape.size // LANES) as i:
+                errors = load(self.errors, head * TOKENS + token, i * LANES, lanes=LANES)
+                found.add(errors, token * 256 + i * LANES, errors >= FLOATS.of(floor))
+            put(ends, found.count[0], head + 1)
+        length = found.pad(-1.0)
+        least = kth(found.values, length, most)
+        level = local((1,), "int32")
+        put(level, T.int32(most) - count_of(found.values, length, lambda x: x > FLOATS.of(least)), 0)
+        with loop(shape.heads) as head:
+            self.start_head(head)
+            with loop(opaque(get(ends, head + 1)), opaque(get(ends, head))) as i:
+                error, place = T.Bind(get(found.values, i)), T.Bind(get(found.places, i))
+                last = T.And(error == least, level[0] > T.int32(0))
+                with T.If(T.Or(error > least, last)), T.Then():
+                    put(level, level[0] - T.Cast("int32", error == least), 0)
+                    wide = T.Bind(T.Cast("int64", place))
+                    token = T.Bind(T.shift_right(wide, T.int64(8)))
+                    self.write_outlier(head, token, T.Bind(T.bitwise_and(wide, T.int64(255))))
+        self.end_outliers()
+
+    def _coded(self, head: Expr, token: Expr, channel: Expr) -> Expr:
+        """Codes; keeps how much they err."""
+        at = (head, token, channel)
+        y = self.normalised(*at)
         if self.shape.count:
-            furthest = Largest(self.shape.count)
-            with loop(TOKENS) as token:
-                self._choose(token, furthest)
+            error = FLOATS.abs(self.error(y, *at))
+            if self.shape.weighted:
+                error = T.Bind(error * self.affine(self.weight, *at))
+            row = T.Bind(head * TOKENS + token)
+            store(self.errors, error, row, channel, lanes=LANES)
+            top = FLOATS.max(load(self.tops, row * LANES, lanes=LANES), error)
+            store(self.tops, top, row * LANES, lanes=LANES)
+        return self.codes(y)
 
-    def _choose(self, token: Expr, furthest: Largest) -> None:
-        furthest.clear(0.0)
-        self.candidates.clear()
-
-        def visit(head: Expr, channel: Expr, flat: Expr) -> None:
-            zero, scale = (load(part, flat, lanes=LANES) for part in (self.zero, self.scale))
-            distance = FLOATS.abs(self.x(head, token, channel) - zero)
-            self.candidates.add(distance, flat, distance > scale)
-
-        def beyond(distance: Expr, place: Expr) -> Expr:
-            return T.Bind(distance / get(self.divisor, T.Cast("int64", place)))
-
-        self.vectors(visit)
-        self.candidates.each(lambda x, place: furthest.insert(beyond(x, place), place))
-        self.write_row(
-            token, lambda x, place: furthest.holds(beyond(x, place), place, self.shape.count)
-        )
-
-    def write_codes(self, head: Expr) -> None:
+    def _write_codes(self, head: Expr) -> None:
         """Rows of one byte of each of 32 tokens; a byte holds pairs of channels D/2 apart."""
         half, planes = self.shape.size // 2, PLANES[self.shape.bits]
         with loop(half // LANES) as i, loop(TOKENS // 4) as quad:
             words: list[Expr] = [None] * len(planes)
             for t in range(4):
-                low, high = (self.codes(head, quad * 4 + t, i * LANES + side) for side in (0, half))
+                token = T.Bind(quad * 4 + t)
+                low, high = (self._coded(head, token, i * LANES + side) for side in (0, half))
                 for p, width in enumerate(planes):
                     first, second = (_plane(codes, planes, p) for codes in (low, high))
                     pair = first + T.shift_left(second, fill(width, "int32", LANES))
@@ -285,7 +299,18 @@ class _Values(_Block):
     def affine(self, buffer: Any, head: Expr, token: Expr, channel: Expr) -> Expr:
         return FLOATS.of(get(buffer, token))
 
-    def choose(self) -> None:
+    def run(self) -> None:
+        if self.shape.count:
+            self.chosen = local((TOKENS, self.shape.count + 1), "int32")
+            self.cursor, self.candidates = local((TOKENS,), "int64"), Candidates(self.shape.width)
+        self._choose_all()
+        with loop(self.shape.heads) as head:
+            self._write_codes(head)
+        if self.shape.count:
+            self._write_outliers()
+
+    def _choose_all(self) -> None:
+        """Scale and zero, and each token's row of ``chosen``."""
         low = self.shape.count // 2
         high = self.shape.count - low
         largest, smallest = Largest(high + 1), Largest(low + 1, latest=True)
@@ -297,7 +322,7 @@ class _Values(_Block):
                     top = largest.holds(x, place, high)
                     return T.Or(top, smallest.holds(-x, place, low)) if low else top
 
-                self.write_row(token, chosen)
+                self._write_row(token, chosen)
 
     def _choose(self, token: Expr, largest: Largest, smallest: Largest) -> None:
         """The range of a token is what its outliers leave."""
@@ -329,6 +354,32 @@ class _Values(_Block):
         put(self.a.scale, scale, self.b, self.block, token)
         self.set_scale(token, scale, zero)
 
+    def _write_row(self, token: Expr, chosen: Callable[[Expr, Expr], Expr]) -> None:
+        """A row of ``chosen``: the candidates for which chosen(value, place), and an end."""
+        length = local((1,), "int64")
+        put(length, T.int64(0), 0)
+
+        def add(value: Expr, place: Expr) -> None:
+            put(self.chosen, place, token, length[0])
+            put(length, length[0] + T.Cast("int64", chosen(value, place)), 0)
+
+        self.candidates.each(add)
+        put(self.chosen, T.int32(self.shape.width), token, length[0])
+        put(self.cursor, T.int64(0), token)
+
+    def _write_outliers(self) -> None:
+        size, cursor = self.shape.size, self.cursor
+        with loop(self.shape.heads) as head:
+            self.start_head(head)
+            end = T.Bind(T.Cast("int32", (head + 1) * size))
+            with loop(TOKENS) as token:
+                with T.While(get(self.chosen, token, get(cursor, token)) < end):
+                    flat = T.Cast("int64", get(self.chosen, token, get(cursor, token)))
+                    channel = T.Bind(flat - head * size)
+                    put(cursor, get(cursor, token) + 1, token)
+                    self.write_outlier(head, token, channel)
+        self.end_outliers()
+
     def _floors(self, token: Expr, high: int, low: int) -> tuple[Expr, Expr]:
         """What the high-th largest values and the low-th largest of -x at least are."""
         vectors = self.shape.size // LANES
@@ -348,7 +399,7 @@ class _Values(_Block):
         )
         return high, low
 
-    def write_codes(self, head: Expr) -> None:
+    def _write_codes(self, head: Expr) -> None:
         """16-bit words of every other token; a pair of words, tokens t and t + 1, is a lane."""
         size, planes = self.shape.size, PLANES[self.shape.bits]
         per = TOKENS // planes[0]
@@ -363,7 +414,7 @@ class _Values(_Block):
                 words[0] = fill(0, "int32", LANES)
                 with loop(per) as t:
                     token = T.Bind(group * per + t)
-                    codes = self.codes(head, token, channel)
+                    codes = self.codes(self.normalised(head, token, channel))
                     for p, width in enumerate(planes):
                         place = T.Cast("int32", token if p else t)
                         pair = T.shift_right(place, T.int32(1)) * width
