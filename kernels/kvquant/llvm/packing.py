@@ -231,7 +231,9 @@ class _Keys(_Block):
         length = found.pad(-1.0)
         least = kth(found.values, length, most)
         level = local((1,), "int32")
-        put(level, T.int32(most) - count_of(found.values, length, lambda x: x > FLOATS.of(least)), 0)
+        put(
+            level, T.int32(most) - count_of(found.values, length, lambda x: x > FLOATS.of(least)), 0
+        )
         with loop(shape.heads) as head:
             self.start_head(head)
             with loop(opaque(get(ends, head + 1)), opaque(get(ends, head))) as i:
