@@ -183,7 +183,8 @@ def test_shapes_without_a_kernel(bits, size, layout):
 def test_compiles_for_other_processors(target, kind):
     import tvm
 
-    from regraft.kernels.kvquant.llvm.packing import Shape, make
+    from regraft.kernels.kvquant.llvm.block import Shape
+    from regraft.kernels.kvquant.llvm.packing import make
 
     made = tvm.IRModule({"quantize": make(Shape(kind, 3, 64, 3, 2, kind == "key"))})
     with tvm.transform.PassContext(opt_level=3):

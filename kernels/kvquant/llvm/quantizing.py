@@ -70,7 +70,8 @@ def _kernel(
     key = (kind, heads, size, bits, count, weighted)
 
     def make() -> Any:
-        from regraft.kernels.kvquant.llvm.packing import Shape, make
+        from regraft.kernels.kvquant.llvm.block import Shape
+        from regraft.kernels.kvquant.llvm.packing import make
 
         return make(Shape(*key))
 
