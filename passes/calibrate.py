@@ -17,7 +17,7 @@ from regraft.passes.recorder import record
 from regraft.program import Program, RegraftError
 from regraft.program.program import source_of
 
-LENGTH, GRADIENTS, ROUNDS = 2048, 4, 3
+LENGTH, GRADIENTS, ROUNDS = 2048, 4, 2
 KINDS = ("key", "value")
 """Where cached_attention has them: arguments 1 and 2."""
 
