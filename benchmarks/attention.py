@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from regraft.benchmarks.harness import Check, Result, environment, progress, threads
 from regraft.kernels.kvquant import reference
 from regraft.kernels.kvquant.codebook import fixed
-from regraft.kernels.kvquant.dispatch import kernel_attend
+from regraft.kernels.kvquant.dispatch import kernels_of
 from regraft.kernels.kvquant.layout import BLOCK, pack_table
 from regraft.kernels.kvquant.reference import Body
 from regraft.runtime.quantized import Coding, Store
@@ -95,9 +96,7 @@ def _measure(case: Case, rounds: int) -> list[dict[str, Any]]:
         sizes[name] = _bytes(body) + 2 * exact[0].nbytes
         errors[name] = _error(q, body, exact, size)
         copies = [_copy(body) for _ in range(_copies(case, sizes[name]) - 1)]
-        calls[name] = [
-            lambda one=one, exact=exact: _attend(q, one, exact) for one in (body, *copies)
-        ]
+        calls[name] = [partial(_attend, q, one, exact) for one in (body, *copies)]
         del body, copies
     dense = _dense(case, q)
     sizes |= dict.fromkeys(dense, 2 * shared * size * case.context * case.batch * q.element_size())
@@ -195,7 +194,7 @@ def _attend(q: Tensor, body: Body, exact: tuple[Tensor, Tensor], attend: Any = N
     first = torch.zeros(batch, 1, dtype=torch.int32, device=q.device)
     sinks = torch.full((heads,), float("-inf"), device=q.device)
     scale = q.shape[3] ** -0.5
-    return (attend or kernel_attend)(q, body, *exact, mask, first, sinks, scale)
+    return (attend or kernels_of(q.device.type).attend)(q, body, *exact, mask, first, sinks, scale)
 
 
 def _error(q: Tensor, body: Body, exact: tuple[Tensor, Tensor], size: int) -> float:
@@ -236,14 +235,8 @@ def _dense(case: Case, q: Tensor) -> dict[str, list[Callable[[], Tensor]]]:
 
     makers: dict[str, Callable[[Tensor], Tensor]] = {GQA: gqa, ROWS: rows}
     if case.device == "cuda":
-        makers |= {
-            name: lambda cache, backend=backend: gqa(cache, backend)
-            for name, backend in BACKENDS.items()
-        }
-    return {
-        name: [lambda cache=cache, make=make: make(cache) for cache in caches]
-        for name, make in makers.items()
-    }
+        makers |= {name: partial(gqa, backend=backend) for name, backend in BACKENDS.items()}
+    return {name: [partial(make, cache) for cache in caches] for name, make in makers.items()}
 
 
 def _times(
@@ -298,8 +291,8 @@ def _ceiling(device: str) -> float:
     """Bytes a second that memory gives: a sum on the CPU, a copy on CUDA."""
     x = torch.ones(2**27, device=device)
     y = torch.empty_like(x) if device == "cuda" else None
-    calls = [x.sum] if y is None else [lambda: y.copy_(x)]
-    times = _times(device, {"": calls}, 5)[""]  # type: ignore[dict-item]
+    calls: Any = [x.sum] if y is None else [lambda: y.copy_(x)]
+    times = _times(device, {"": calls}, 5)[""]
     return x.nbytes * (1 if y is None else 2) / min(times)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,15 +12,11 @@ from torch import Tensor
 from regraft.kernels.attention.reference import attention
 from regraft.kernels.kvquant import dispatch, reference
 from regraft.kernels.kvquant.codebook import Codebook, fixed
-from regraft.kernels.kvquant.layout import BLOCK, pack, unpack_table
+from regraft.kernels.kvquant.layout import BLOCK, unpack_table
 from regraft.kernels.kvquant.reference import (
     Body,
     Packed,
-    cap,
     dequantize,
-    pack_outliers,
-    quantize_keys,
-    quantize_values,
     ranges,
 )
 from regraft.kernels.rotary.reference import rotate
@@ -60,8 +57,9 @@ class Coding:
 class Store:
     """The packed blocks of keys or of values."""
 
-    def __init__(self, kind: str, coding: Coding) -> None:
+    def __init__(self, kind: str, coding: Coding, kernels: bool = True) -> None:
         self.kind, self.coding = kind, coding
+        self._quantize = dispatch.quantize if kernels else reference.quantize
         self.size, self.layout, self.arranged = 0, "llvm", False
         self.codes = Buffer(1, 1.0)
         self.scales = Buffer(1, 1.0), Buffer(1, 1.0)
@@ -77,28 +75,16 @@ class Store:
             self.size, self.layout = x.shape[-1], "cuda" if x.is_cuda else "llvm"
             self.coding = self.coding.to(x.device)
         coding = self.coding
-        count = cap(coding.outliers, x.shape[1] * x.shape[3])
-        if self.kind == "value":
-            codes, *scales, residual = quantize_values(x, coding.book, count)
-            scales = [scale.unflatten(1, (-1, BLOCK)) for scale in scales]
-        elif coding.scale is not None and coding.zero is not None:
-            scales = []
-            codes, residual = quantize_keys(
-                x, coding.scale, coding.zero, coding.book, count, coding.weight
-            )
-        else:
-            scales = list(ranges(x.unflatten(2, (-1, coding.group)), 3))
-            wide = (scale.expand(-1, -1, -1, coding.group, -1).flatten(2, 3) for scale in scales)
-            codes, residual = quantize_keys(x, *wide, coding.book, count)
-            scales = [scale.squeeze(3) for scale in scales]
-        blocks = codes.unflatten(2, (-1, BLOCK))
-        self.codes.append(pack(blocks, coding.bits, self.kind, self.layout))
-        for buffer, scale in zip(self.scales, scales, strict=False):
-            buffer.append(scale)
-        if residual is not None:
-            for buffer, part in zip(
-                (self.outliers, self.offsets), pack_outliers(residual, count), strict=True
-            ):
+        scales: Any = (coding.scale, coding.zero)
+        if self.kind == "key" and coding.scale is None:
+            scales = [s.squeeze(3) for s in ranges(x.unflatten(2, (-1, coding.group)), 3)]
+        made = self._quantize(
+            self.kind, x, coding.book, coding.bits, coding.outliers, self.layout, *scales,
+            coding.weight,
+        )  # fmt: skip
+        parts = [made.codes, made.scale, made.zero, made.outliers, made.offsets]
+        for buffer, part in zip(self.buffers, parts, strict=True):
+            if part is not None and part is not coding.scale and part is not coding.zero:
                 buffer.append(part)
 
     @property
@@ -139,7 +125,7 @@ class QuantizedLayer:
     ) -> None:
         self.sink, self.tail = sink, tail
         self._attend = dispatch.attend if kernels else reference.attend
-        self.key, self.value = Store("key", key), Store("value", value)
+        self.key, self.value = Store("key", key, kernels), Store("value", value, kernels)
         self._exact = Buffer(8, 1.0), Buffer(8, 1.0)
         self._slots: Tensor | None = None
 

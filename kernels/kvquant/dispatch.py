@@ -1,4 +1,4 @@
-"""Attention to a quantized cache by the kernel of its device, else by the reference."""
+"""Quantized caches by the kernels of their device, else by the reference."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from regraft.kernels import compiled
+from regraft.kernels.compiled import KernelError
 from regraft.kernels.kvquant import reference
-from regraft.kernels.kvquant.reference import Body
+from regraft.kernels.kvquant.reference import Body, Packed
 
 log = logging.getLogger("regraft")
 MODULES = {"cpu": "regraft.kernels.kvquant.llvm", "cuda": "regraft.kernels.kvquant.cuda"}
@@ -30,20 +30,29 @@ def attend(
 ) -> Tensor:
     """The reference's ``attend`` by a TVM kernel; where there is none, by the reference, with one
     notice. REGRAFT_TVM=0 asks for the reference."""
-    arguments = q, body, exact_key, exact_value, exact_mask, first, sinks, scale
-    if wanted():
+    arguments = (q, body, exact_key, exact_value, exact_mask, first, sinks, scale)
+    return _first_of("attend", q.device.type, arguments)
+
+
+def quantize(kind: str, x: Tensor, *arguments: Any) -> Packed:
+    """The reference's ``quantize`` by a TVM kernel, as ``attend``."""
+    return _first_of("quantize", x.device.type, (kind, x, *arguments))
+
+
+def _first_of(name: str, device: str, arguments: tuple[Any, ...]) -> Any:
+    if wanted() and (kernel := getattr(kernels_of(device), name, None)):
         try:
-            return kernel_attend(*arguments)
-        except compiled.KernelError as error:
+            return kernel(*arguments)
+        except KernelError as error:
             if str(error) not in _told:
                 _told.add(str(error))
-                log.warning("regraft: decoding the quantized cache by reference, slower: %s", error)
-    return reference.attend(*arguments)
+                log.warning("regraft: quantized caches run by reference, slower: %s", error)
+    return getattr(reference, name)(*arguments)
 
 
-def kernel_attend(q: Tensor, *arguments: Any) -> Tensor:
-    """``attend`` by the kernel; KernelError where there is none."""
-    return importlib.import_module(MODULES[q.device.type]).attend(q, *arguments)
+def kernels_of(device: str) -> Any:
+    """The module with a device's ``attend``, and ``quantize`` where it has one."""
+    return importlib.import_module(MODULES[device])
 
 
 def wanted() -> bool:

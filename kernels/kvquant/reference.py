@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from regraft.kernels.kvquant.layout import BLOCK, unpack, unpack_table
+from regraft.kernels.kvquant.layout import BLOCK, pack, unpack, unpack_table
 from regraft.kernels.rotary.reference import rotate
 
 
@@ -96,7 +96,7 @@ def quantize_keys(
     codes, read = encode(k, scale, zero, book)
     if not count:
         return codes, None
-    return codes, _residual(k, read, key_outliers(k, read, count, weight))
+    return codes, residuals(k, read, key_outliers(k, read, count, weight))
 
 
 def key_outliers(k: Tensor, read: Tensor, count: int, weight: Tensor | None = None) -> Tensor:
@@ -142,7 +142,37 @@ def quantize_values(
     chosen = torch.zeros_like(flat, dtype=torch.bool)
     chosen.scatter_(-1, top[1][..., :high], True).scatter_(-1, bottom[1][..., :low], True)
     chosen = chosen.unflatten(2, (v.shape[1], -1)).transpose(1, 2)
-    return codes, scale, zero, _residual(v, read, chosen)
+    return codes, scale, zero, residuals(v, read, chosen)
+
+
+def quantize(
+    kind: str,
+    x: Tensor,
+    book: Levels,
+    bits: int,
+    share: float,
+    layout: str,
+    scale: Tensor | None = None,
+    zero: Tensor | None = None,
+    weight: Tensor | None = None,
+) -> Packed:
+    """Whole blocks of keys or values [B, H, 32 * n, D], with ``share`` of outliers.
+
+    Keys are not rotated and come with their scale and zero, float16 [1 or B, H, groups, D]; a row
+    serves as many tokens as there are to each. weight: see ``quantize_keys``.
+    """
+    count = cap(share, x.shape[1] * x.shape[3])
+    if scale is None or zero is None:
+        codes, scale, zero, residual = quantize_values(x, book, count)
+        scale, zero = (part.unflatten(1, (-1, BLOCK)) for part in (scale, zero))
+    else:
+        group = x.shape[2] // scale.shape[2]
+        wide = [part.repeat_interleave(group, 2) for part in (scale, zero)]
+        codes, residual = quantize_keys(x, wide[0], wide[1], book, count, weight)
+    outliers = (None, None) if residual is None else pack_outliers(residual, count)
+    packed = pack(codes.unflatten(2, (-1, BLOCK)), bits, kind, layout)
+    size, levels = x.shape[3], (book.levels, book.unit)
+    return Packed(kind, bits, size, layout, packed, scale, zero, *levels, *outliers)
 
 
 def pack_outliers(residual: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -240,7 +270,8 @@ def _scale_and_zero(minimum: Tensor, maximum: Tensor) -> tuple[Tensor, Tensor]:
     return ((maximum.float() - minimum.float()) / 2).clamp(max=limit).half(), zero
 
 
-def _residual(x: Tensor, read: Tensor, chosen: Tensor) -> Tensor:
+def residuals(x: Tensor, read: Tensor, chosen: Tensor) -> Tensor:
+    """float16 x - read where chosen, else 0."""
     limit = torch.finfo(torch.float16).max
     residual = (x.float() - read).clamp(-limit, limit).half()
     return torch.where(chosen, residual, torch.zeros_like(residual))

@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -6,9 +7,10 @@ import torch
 from regraft.kernels import compiled
 from regraft.kernels.compiled import LEVELS, KernelError, cpu_level
 from regraft.kernels.kvquant import reference
-from regraft.kernels.kvquant.layout import pack_table
-from regraft.kernels.kvquant.llvm import attend
-from regraft.kernels.kvquant.reference import Body
+from regraft.kernels.kvquant.codebook import fixed
+from regraft.kernels.kvquant.layout import pack, pack_table
+from regraft.kernels.kvquant.llvm import append, attend
+from regraft.kernels.kvquant.reference import Body, dequantize
 from tests.kernels.test_kvquant import packed, random
 
 pytest.importorskip("tvm")
@@ -183,6 +185,88 @@ def test_error_is_seen():
     exact = reference.attend(arguments[0].double(), *arguments[1:], dtype=torch.float64)
     body.value.scale[:, 3] *= 1.1
     assert (attend(*arguments).double() - exact).norm() / exact.norm() > BOUND
+
+
+def appended(x, expected, start=0, level=None, group=0):
+    """What append makes of x over what ``expected`` holds, and the tensors it writes."""
+    made = copy.deepcopy(expected)
+    names = ["codes", "outliers", "offsets", *(["scale", "zero"] * (made.kind == "value"))]
+    names = [name for name in names if getattr(made, name) is not None]
+    for name in names:
+        part = getattr(made, name).narrow(2 if name == "codes" else 1, start, x.shape[2] // 32)
+        part.fill_(1)
+    append(x, made, fixed("uniform", made.bits).midpoints, start, group, level=level)
+    return made, names
+
+
+def check_append(x, expected, **settings):
+    """What append makes of x is what the reference made of it, bit for bit."""
+    made, names = appended(x, expected, **settings)
+    for name in names:
+        if name != "outliers":
+            assert torch.equal(getattr(made, name), getattr(expected, name)), name
+    if made.outliers is not None:
+        blocks = expected.codes.shape[2]
+        assert torch.equal(*(reference.unpack_outliers(part, blocks) for part in (made, expected)))
+
+
+@pytest.mark.parametrize("level", HERE)
+@pytest.mark.parametrize("kind", ["key", "value"])
+@pytest.mark.parametrize("bits, share", [(4, 0.01), (3, 0.03), (2, 0.0)])
+def test_append_equals_reference(level, kind, bits, share):
+    x = random(2, 3, 96, 80) * (1 + random(1, 3, 1, 80, seed=5).abs())
+    check_append(x, packed(kind, x, bits, share, scale_by=0.7), level=level)
+
+
+@pytest.mark.parametrize("kind", ["key", "value"])
+def test_append_of_constant_and_huge_numbers(kind):
+    x = random(1, 2, 64, 64)
+    x[..., :5] = 0.3
+    x[:, :, 7] = -0.7
+    x[:, 1, 9, 3] = 1e6
+    expected = packed(kind, x, 4, 0.02)
+    made, _ = appended(x, expected)
+    assert torch.equal(made.codes, expected.codes)  # which of equal numbers are outliers is free
+    errors = ((dequantize(Body(part, part, 2), kind) - x).norm() for part in (made, expected))
+    assert torch.allclose(*errors, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["key", "value"])
+def test_append_with_more_outliers_than_places(kind):
+    x = random(1, 2, 64, 64)
+    check_append(x, packed(kind, x, 4, 0.02, scale_by=0.1))
+
+
+@pytest.mark.parametrize("kind", ["key", "value"])
+def test_append_leaves_other_blocks_and_takes_views(kind):
+    x = random(1, 2, 160, 64)
+    room = torch.full((1, 2, 200, 64), math.nan)
+    room[:, :, 3:67] = x[:, :, 64:128]
+    check_append(room[:, :, 3:67], packed(kind, x, 4, 0.02), start=2)
+
+
+def test_append_of_keys_in_groups():
+    x, book = random(1, 2, 192, 64), fixed("uniform", 3)
+    scale, zero = (torch.cat(part, 2) for part in zip(*(
+        reference.ranges(rows, 2) for rows in x.split(64, 2)), strict=True))  # fmt: skip
+    rows = (part.repeat_interleave(64, 2) for part in (scale, zero))
+    codes, _ = reference.quantize_keys(x, *rows, book)
+    made = packed("key", x, 3)
+    made.codes = pack(codes.unflatten(2, (-1, 32)), 3, "key", "llvm")
+    made.scale, made.zero = scale, zero
+    check_append(x[:, :, 64:], made, start=2, group=64)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_append_of_half_precision(dtype):
+    x = random(1, 2, 64, 64).to(dtype)
+    check_append(x, packed("value", x, 4, 0.02))
+
+
+def test_append_without_a_kernel():
+    x = random(1, 2, 32, 48)
+    with pytest.raises(KernelError, match="no CPU kernel packs"):
+        append(x, packed("key", x, 4), fixed("uniform", 4).midpoints, 0)
 
 
 @pytest.mark.slow

@@ -48,7 +48,7 @@ def test_kernels_follow_the_reference(model, kernels, notices, monkeypatch):
 
 def test_the_reference_target_runs_no_kernel(model, kernels, monkeypatch):
     plain = regraft.compile(model, [regraft.KVQuant(bits=4)], target="reference")
-    monkeypatch.setattr("regraft.kernels.kvquant.dispatch.kernel_attend", None)
+    monkeypatch.setattr("regraft.kernels.kvquant.dispatch.kernels_of", None)
     decode(plain)
 
 

@@ -14,7 +14,17 @@ import torch
 from torch import Tensor
 
 from regraft.kernels.compiled import LEVELS, KernelError, cpu_level, kernel
-from regraft.kernels.kvquant.reference import Body, Packed
+from regraft.kernels.kvquant.layout import BLOCK
+from regraft.kernels.kvquant.reference import (
+    Body,
+    Levels,
+    Packed,
+    cap,
+    dequantize,
+    key_outliers,
+    pack_outliers,
+    residuals,
+)
 
 SIZES = (64, 80, 96, 128, 256)
 SHAPES = 8
@@ -120,6 +130,40 @@ def append(
     )
 
 
+def quantize(
+    kind: str,
+    x: Tensor,
+    book: Levels,
+    bits: int,
+    share: float,
+    layout: str,
+    scale: Tensor | None = None,
+    zero: Tensor | None = None,
+    weight: Tensor | None = None,
+) -> Packed:
+    """The reference's ``quantize``, bit for bit; KernelError as ``append``."""
+    batch, heads, length, size = x.shape
+    blocks, count = length // BLOCK, cap(share, heads * size)
+    group, outliers, offsets = 0, None, None
+    if scale is None or zero is None:
+        scale, zero = (torch.empty(batch, blocks, BLOCK, dtype=torch.float16) for _ in "sz")
+        if count:
+            outliers = torch.empty(batch, blocks, BLOCK * count, dtype=torch.int32)
+            offsets = torch.empty(batch, blocks, heads + 1, dtype=torch.int32)
+    elif scale.shape[2] > 1:
+        group = length // scale.shape[2]
+    codes = torch.empty(batch, heads, blocks, BLOCK * size * bits // 8, dtype=torch.uint8)
+    packed = Packed(
+        *(kind, bits, size, layout, codes, scale, zero, book.levels, book.unit, outliers, offsets)
+    )
+    append(x, packed, book.midpoints, 0, group)
+    if kind == "key" and count:
+        read = dequantize(Body(packed, packed, blocks, group), kind)
+        residual = residuals(x, read, key_outliers(x, read, count, weight))
+        packed.outliers, packed.offsets = pack_outliers(residual, count)
+    return packed
+
+
 @cache
 def _append_kernel(
     level: str, kind: str, heads: int, size: int, bits: int, count: int, dtype: torch.dtype
@@ -129,7 +173,7 @@ def _append_kernel(
     key = (kind, heads, size, bits, count, str(dtype).removeprefix("torch."))
 
     def make() -> Any:
-        from regraft.kernels.kvquant.llvm.append import Side, make
+        from regraft.kernels.kvquant.llvm.coding import Side, make
 
         return make(Side(*key))
 

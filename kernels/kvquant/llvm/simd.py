@@ -146,8 +146,12 @@ class Floats:
         return call(self.dtype, f"llvm.sqrt.{suffix(self.dtype)}", x)
 
     def total(self, x: Expr) -> Expr:
-        name = f"llvm.vector.reduce.fadd.{suffix(self.dtype)}"
-        return call("float32", name, T.float32(0), x)
+        """The sum of all lanes, by halves."""
+        lanes = self.lanes
+        while lanes > 1:
+            lanes //= 2
+            x = T.Bind(shuffle([x], range(lanes)) + shuffle([x], range(lanes, 2 * lanes)))
+        return x
 
     def largest(self, x: Expr) -> Expr:
         return call("float32", f"llvm.vector.reduce.fmax.{suffix(self.dtype)}", x)

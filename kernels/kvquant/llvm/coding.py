@@ -150,15 +150,17 @@ class Chosen:
             put(self.used, T.min(used + 1, T.int32(self.side.count)), token)
 
     def write(self, entries: Any, offsets: Any, at: tuple[Expr, ...]) -> None:
-        """The entries, by head."""
+        """The entries by head, without those whose residual is zero."""
         written = local((1,), "int64")
         put(written, T.int64(0), 0)
         with loop(self.side.heads) as head:
             put(offsets, T.Cast("int32", written[0]), *at, head)
             with loop(TOKENS) as token, loop(T.Cast("int64", get(self.used, token))) as i:
                 mine = get(self.head, token, i) == T.Cast("int32", head)
-                with T.If(mine), T.Then():
-                    put(entries, get(self.entry, token, i), *at, written[0])
+                entry = T.Bind(get(self.entry, token, i))
+                filled = T.bitwise_and(entry, T.int32(0x7FFF)) != T.int32(0)
+                with T.If(T.And(mine, filled)), T.Then():
+                    put(entries, entry, *at, written[0])
                     put(written, written[0] + 1, 0)
         put(offsets, T.Cast("int32", written[0]), *at, self.side.heads)
 
