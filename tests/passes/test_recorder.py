@@ -73,7 +73,7 @@ def test_gradients_predict_the_loss(ids):
                 return lambda *args: (*args[:place], args[place] + sign * step, *args[place + 1 :])
 
             change = (loss({node: moved(1)}) - loss({node: moved(-1)})) / 2
-            assert change == pytest.approx((gradient * step).sum().item(), rel=1e-3)
+            assert change == pytest.approx((gradient * step).sum().item(), rel=5e-3, abs=1e-6)
 
 
 def test_weights_keep_no_gradients(llama, program, nodes, ids):
