@@ -9,7 +9,7 @@ from regraft.kernels.compiled import LEVELS, KernelError, cpu_level
 from regraft.kernels.kvquant import reference
 from regraft.kernels.kvquant.codebook import fixed
 from regraft.kernels.kvquant.layout import pack, pack_table
-from regraft.kernels.kvquant.llvm import append, attend
+from regraft.kernels.kvquant.llvm import append, attend, quantize
 from regraft.kernels.kvquant.reference import Body, dequantize
 from tests.kernels.test_kvquant import packed, random
 
@@ -215,6 +215,7 @@ def check_append(x, expected, **settings):
 @pytest.mark.parametrize("bits, share", [(4, 0.01), (3, 0.03), (2, 0.0)])
 def test_append_equals_reference(level, kind, bits, share):
     x = random(2, 3, 96, 80) * (1 + random(1, 3, 1, 80, seed=5).abs())
+    share = share if kind == "value" else 0.0
     check_append(x, packed(kind, x, bits, share, scale_by=0.7), level=level)
 
 
@@ -224,17 +225,23 @@ def test_append_of_constant_and_huge_numbers(kind):
     x[..., :5] = 0.3
     x[:, :, 7] = -0.7
     x[:, 1, 9, 3] = 1e6
-    expected = packed(kind, x, 4, 0.02)
+    expected = packed(kind, x, 4, 0.02 if kind == "value" else 0.0)
     made, _ = appended(x, expected)
     assert torch.equal(made.codes, expected.codes)  # which of equal numbers are outliers is free
     errors = ((dequantize(Body(part, part, 2), kind) - x).norm() for part in (made, expected))
     assert torch.allclose(*errors, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["key", "value"])
-def test_append_with_more_outliers_than_places(kind):
-    x = random(1, 2, 64, 64)
-    check_append(x, packed(kind, x, 4, 0.02, scale_by=0.1))
+@pytest.mark.parametrize("share", [0.0, 0.02])
+def test_quantized_keys_equal_the_reference(share):
+    """Outliers of keys are the reference's, weighted and by block."""
+    x, book = random(2, 2, 96, 64), fixed("uniform", 3)
+    settings = *reference.ranges(x, (0, 2)), random(1, 2, 1, 64, seed=7).abs()
+    made = quantize("key", x, book, 3, share, "llvm", *settings)
+    expected = reference.quantize("key", x, book, 3, share, "llvm", *settings)
+    assert torch.equal(made.codes, expected.codes)
+    if share:
+        assert torch.equal(*(reference.unpack_outliers(part, 3) for part in (made, expected)))
 
 
 @pytest.mark.parametrize("kind", ["key", "value"])
@@ -242,7 +249,8 @@ def test_append_leaves_other_blocks_and_takes_views(kind):
     x = random(1, 2, 160, 64)
     room = torch.full((1, 2, 200, 64), math.nan)
     room[:, :, 3:67] = x[:, :, 64:128]
-    check_append(room[:, :, 3:67], packed(kind, x, 4, 0.02), start=2)
+    share = 0.02 if kind == "value" else 0.0
+    check_append(room[:, :, 3:67], packed(kind, x, 4, share), start=2)
 
 
 def test_append_of_keys_in_groups():

@@ -114,16 +114,18 @@ def append(
 
     x: float32, bfloat16 or float16, keys not rotated; midpoints: float32 [2**bits - 1] of the
     codebook. The scales and zeros of keys are read, those of values written; a row of the keys'
-    serves ``group`` tokens, all of them where it is 0. Raises KernelError as ``attend`` does.
+    serves ``group`` tokens, all of them where it is 0. Outliers are chosen of values alone. Raises
+    KernelError as ``attend`` does.
     """
-    count = 0 if packed.outliers is None else packed.outliers.shape[2] // 32
+    kept = packed.kind == "value" and packed.outliers is not None
+    outliers = (packed.outliers, packed.offsets) if kept else ()
+    count = packed.outliers.shape[2] // 32 if kept else 0
     function = _append_kernel(
         level or cpu_level(), packed.kind, x.shape[1], packed.size, packed.bits, count, x.dtype
     )
     if x.dtype == torch.bfloat16:
         x = x.view(torch.uint16)
     blocks = x.shape[2] // 32
-    outliers = () if packed.outliers is None else (packed.outliers, packed.offsets)
     function(
         *(x, blocks, start, group // 32 or 1 << 40, packed.unit, packed.levels, midpoints),
         *(packed.codes, packed.scale, packed.zero, *outliers),

@@ -34,7 +34,8 @@ HALF_MAX = 65504.0
 
 @dataclass(frozen=True)
 class Side:
-    """Keys or values of one layer: heads of ``size`` channels, ``count`` outliers a token."""
+    """Keys or values of one layer: heads of ``size`` channels; ``count`` outliers a token of
+    values, 0 for keys."""
 
     kind: str
     heads: int
@@ -71,17 +72,17 @@ def make(side: Side) -> Any:
             with parallel(batch * blocks) as task:
                 b, block = divided(task, blocks)
                 read = Reader(side, x, b, block, levels, midpoints, unit)
-                chosen = Chosen(side)
+                chosen = Chosen(side) if side.count else None
                 if side.kind == "key":
                     sequence = opaque(T.min(b, scales - 1))
                     row = divided(start + block, group)[0]
-                    raw = _keys(read, chosen, scale, zero, (sequence,), row)
+                    raw = _keys(read, scale, zero, sequence, row)
                 else:
                     raw = _values(read, chosen, scale, zero, (b, start + block))
                 with loop(side.heads) as head:
                     pack = _pack_keys if side.kind == "key" else _pack_values
                     pack(side, raw, head, codes, (b, head, start + block))
-                if side.count:
+                if chosen is not None:
                     chosen.write(entries, offsets, (b, start + block))
     return builder.get().with_attr("global_symbol", "append")
 
@@ -117,37 +118,19 @@ class Reader:
 
 
 class Chosen:
-    """The outliers of a block's tokens: how far they are out, their heads and their entries."""
+    """The outliers of a block's tokens: their heads and their entries."""
 
     def __init__(self, side: Side) -> None:
         self.side = side
-        if side.count:
-            shape = (TOKENS, side.count)
-            self.far, self.head = local(shape), local(shape, "int32")
-            self.entry, self.used = local(shape, "int32"), local((TOKENS,), "int32")
-            with loop(TOKENS) as token:
-                put(self.used, T.int32(0), token)
+        shape = (TOKENS, side.count)
+        self.head, self.entry = local(shape, "int32"), local(shape, "int32")
 
-    def add(self, far: Expr, token: Expr, head: Expr, channel: Expr, bits: Expr) -> None:
-        """Take an outlier, or leave the nearest one out where there are too many."""
-        used = T.Bind(get(self.used, token))
-        place, least = local((1,), "int64"), local((1,))
-        full = opaque(used == T.int32(self.side.count), "bool")
-        put(place, T.Cast("int64", used), 0)
-        put(least, T.float32(-1), 0)
-        with T.If(full), T.Then():
-            put(least, T.float32(3e38), 0)
-            with loop(self.side.count) as i, T.If(get(self.far, token, i) < least[0]), T.Then():
-                put(least, get(self.far, token, i), 0)
-                put(place, i, 0)
-        with T.If(far > least[0]), T.Then():
-            head32, channel32 = (T.Cast("int32", i) for i in (head, channel))
-            moved = T.shift_left(T.Cast("int32", token), T.int32(24))
-            moved = moved + T.shift_left(channel32, T.int32(16))
-            put(self.far, far, token, place[0])
-            put(self.head, head32, token, place[0])
-            put(self.entry, T.bitwise_or(moved, bits), token, place[0])
-            put(self.used, T.min(used + 1, T.int32(self.side.count)), token)
+    def put(self, token: Expr, i: Expr, head: Expr, channel: Expr, bits: Expr) -> None:
+        """Make a channel the i-th outlier of a token."""
+        places = ((token, 24), (channel, 16))
+        parts = [T.shift_left(T.Cast("int32", n), T.int32(bit)) for n, bit in places]
+        put(self.head, T.Cast("int32", head), token, i)
+        put(self.entry, T.bitwise_or(T.bitwise_or(*parts), bits), token, i)
 
     def write(self, entries: Any, offsets: Any, at: tuple[Expr, ...]) -> None:
         """The entries by head, without those whose residual is zero."""
@@ -155,7 +138,7 @@ class Chosen:
         put(written, T.int64(0), 0)
         with loop(self.side.heads) as head:
             put(offsets, T.Cast("int32", written[0]), *at, head)
-            with loop(TOKENS) as token, loop(T.Cast("int64", get(self.used, token))) as i:
+            with loop(TOKENS) as token, loop(self.side.count) as i:
                 mine = get(self.head, token, i) == T.Cast("int32", head)
                 entry = T.Bind(get(self.entry, token, i))
                 filled = T.bitwise_and(entry, T.int32(0x7FFF)) != T.int32(0)
@@ -165,44 +148,30 @@ class Chosen:
         put(offsets, T.Cast("int32", written[0]), *at, self.side.heads)
 
 
-def _keys(
-    read: Reader, chosen: Chosen, scale: Any, zero: Any, sequence: tuple[Expr, ...], row: Expr
-) -> Any:
-    """Codes [H * D, 32] of keys with given scales and zeros; outliers are furthest beyond them."""
+def _keys(read: Reader, scale: Any, zero: Any, sequence: Expr, row: Expr) -> Any:
+    """Codes [H * D, 32] of keys with given scales and zeros."""
     side = read.side
     raw = local((side.heads * side.size, TOKENS), "uint8")
+    codes = local((LANES,), "int32")
     with loop(side.heads) as head, loop(side.size // LANES) as i:
         channel = T.Bind(i * LANES)
-        at = (*sequence, head, row, channel)
+        at = (sequence, head, row, channel)
         gain, middle = (
             T.Bind(T.Cast(FLOATS.dtype, load(t, *at, lanes=LANES))) for t in (scale, zero)
         )
         divisor = T.Bind(T.Select(gain == FLOATS.of(0.0), FLOATS.of(1.0), gain))
         with loop(TOKENS) as token:
             x = read.vector(head, token, channel)
-            codes = read.codes(T.Bind((x - middle) / divisor))
-            lanes = _spill(codes, "int32")
+            store(codes, read.codes(T.Bind((x - middle) / divisor)), 0, lanes=LANES)
             with loop(LANES) as k:
-                code = T.Cast("uint8", get(lanes, k))
+                code = T.Cast("uint8", get(codes, k))
                 put(raw, code, head * side.size + channel + k, token)
-            if side.count:
-                distance = FLOATS.abs(x - middle)
-                beyond = FLOATS.largest(distance - gain)
-                with T.If(beyond > T.float32(0)), T.Then():
-                    spilled = [_spill(v) for v in (x, distance, gain, middle, divisor)]
-
-                    def add(k: Expr, spilled=spilled, token=token, lanes=lanes) -> None:
-                        value, far, width, center, by = (get(v, k) for v in spilled)
-                        with T.If(far > width), T.Then():
-                            bits = read.residual(value, get(lanes, k), width, center)
-                            chosen.add(T.Bind(far / by), token, head, channel + k, bits)
-
-                    with loop(LANES) as k:
-                        add(k)
     return raw
 
 
-def _values(read: Reader, chosen: Chosen, scale: Any, zero: Any, at: tuple[Expr, ...]) -> Any:
+def _values(
+    read: Reader, chosen: Chosen | None, scale: Any, zero: Any, at: tuple[Expr, ...]
+) -> Any:
     """Codes [32, H * D] of values; a token's largest and smallest are its outliers, the next ones
     its range."""
     side, width = read.side, read.side.heads * read.side.size
@@ -226,15 +195,15 @@ def _values(read: Reader, chosen: Chosen, scale: Any, zero: Any, at: tuple[Expr,
             x = load(row, i * LANES, lanes=LANES)
             codes = read.codes(T.Bind((x - FLOATS.of(middle)) / FLOATS.of(divisor)))
             store(raw, T.Cast(f"uint8x{LANES}", codes), token, i * LANES, lanes=LANES)
-        for extremes, number in ((top, high), (bottom, low)):
-            if not number:
+        for extremes, number, begin in ((top, high, 0), (bottom, low, high)):
+            if chosen is None or not number:
                 continue
             with loop(number) as i:
                 place = opaque(T.Cast("int64", get(extremes.places, i)))
                 head, channel = divided(place, side.size)
                 code = T.Cast("int32", get(raw, token, place))
                 bits = read.residual(T.Bind(get(row, place)), code, gain, middle)
-                chosen.add(T.float32(1), token, head, channel, bits)
+                chosen.put(token, i + begin, head, channel, bits)
     return raw
 
 
@@ -320,10 +289,3 @@ def _bits(codes: Expr, low: int, count: int, place: int, dtype: str) -> Expr:
 
     found = T.bitwise_and(T.shift_right(codes, all_of(low)), all_of(2**count - 1))
     return T.Bind(T.shift_left(found, all_of(place)))
-
-
-def _spill(vector: Expr, dtype: str = "float32") -> Any:
-    """A vector's elements, to be indexed."""
-    kept = local((LANES,), dtype)
-    store(kept, vector, 0, lanes=LANES)
-    return kept

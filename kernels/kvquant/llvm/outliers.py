@@ -19,6 +19,7 @@ from regraft.kernels.kvquant.llvm.simd import (
     local,
     loop,
     opaque,
+    prefetch,
     put,
     shuffle,
     store,
@@ -138,6 +139,8 @@ class Outliers:
             begin, end = (
                 opaque(T.Cast("int64", get(offsets, b, block, head + side))) for side in (0, 1)
             )
+            for line in range(3):
+                prefetch(entries, b, block, end + 16 * line)
             with loop(end, begin) as i:
                 entry = T.Bind(get(entries, b, block, i))
                 token = T.Bind(T.Cast("int64", T.shift_right(entry, T.int32(24))))

@@ -47,6 +47,13 @@ def load(buffer: Any, *index: Expr, lanes: int) -> Expr:
     return T.Bind(buffer.vload(list(map(integer, index)), dtype))
 
 
+def prefetch(buffer: Any, *index: Expr) -> None:
+    """Ask for the cache line of an element that will be read; it need not exist."""
+    address = T.address_of(buffer[tuple(map(integer, index))])
+    hints = (T.int32(0), T.int32(3), T.int32(1))
+    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch.p0", address, *hints))
+
+
 def load_float(buffer: Any, *index: Expr, lanes: int) -> Expr:
     """A float32 vector of an argument of a model's dtype; uint16 is bfloat16."""
     x = load(buffer, *index, lanes=lanes)

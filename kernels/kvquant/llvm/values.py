@@ -21,6 +21,7 @@ from regraft.kernels.kvquant.llvm.simd import (
     get,
     load,
     loop,
+    prefetch,
     repeat,
 )
 
@@ -67,6 +68,9 @@ class FixedValues:
                 where = (*at, block + j)
                 steps = TOKENS * self.width // 32
                 with loop(steps) as step:
+                    for v in range(self.vectors):
+                        line = (step * self.size + channel + v * m.lanes) * 4
+                        prefetch(codes, at[0], at[1] + 1, block + j, line)
                     for pair, data in self._pairs(codes, where, channel, levels, step):
                         for r in range(self.rows):
                             weight = get(weights, r, j * (TOKENS // 2) + pair)
