@@ -75,7 +75,7 @@ def kivi(bits: int, layers: int, group: int = 32) -> Mode:
     book = fixed("uniform", bits)
 
     def value(v: Tensor) -> Tensor:
-        return _by_vector(v.unflatten(-1, (-1, group)), book).flatten(-2)
+        return _by_vector(v.unflatten(-1, (-1, min(group, v.shape[-1]))), book).flatten(-2)
 
     pair = partial(read_grouped_keys, book=book, group=group), value
     return Mode(f"uniform (KIVI) {bits}-bit", bits + 32 / group, [pair] * layers, turned=True)

@@ -30,11 +30,12 @@ from regraft.program.folders import cache_dir, written_whole
 Target = Mapping[str, Any]
 LAUNCHER = Path(__file__).with_name("omp_launch.c")
 LEVELS: dict[str, Target] = {
-    "avx512": {"kind": "llvm", "mcpu": "icelake-server"},
+    "avx512": {"kind": "llvm", "mcpu": "icelake-server", "mattr": ("+fast-dpwssd",)},
     "avx2": {"kind": "llvm", "mcpu": "x86-64-v3"},
     "portable": {"kind": "llvm"},
 }
-"""What kernels for processors are generated for, the best first. avx512 includes VNNI."""
+"""What kernels for processors are generated for, the best first. avx512 includes VNNI, whose
+multiply-add LLVM would split in two instructions without fast-dpwssd."""
 
 search_path: list[Path] = []
 """Folders that are looked in before the cache, first to last."""

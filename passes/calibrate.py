@@ -17,7 +17,7 @@ from regraft.passes.recorder import record
 from regraft.program import Program, RegraftError
 from regraft.program.program import source_of
 
-LENGTH, GRADIENTS, ROUNDS = 2048, 4, 3
+LENGTH, GRADIENTS, ROUNDS = 2048, 4, 2
 KINDS = ("key", "value")
 """Where cached_attention has them: arguments 1 and 2."""
 
@@ -99,9 +99,9 @@ def collect(
         tell(f"calibration {turn + 1} of {len(order)}")
         differentiated = turn < len(spread)
         found = record(program, dict.fromkeys(nodes, (1, 2)), batches[index], differentiated)
+        _check_finite(found)
         for node, store in zip(nodes, kept, strict=True):
             for kind, (x, gradient) in zip(KINDS, found.pop(node), strict=True):
-                _check_finite(node, kind, x, gradient)
                 if differentiated or kind == "key":
                     store.setdefault(kind, []).append(_half(x[:, :, sink:]))
                 if gradient is not None:
@@ -210,12 +210,14 @@ def _half(x: Tensor) -> Tensor:
     return x.float().clamp(-limit, limit).half()
 
 
-def _check_finite(node: fx.Node, kind: str, x: Tensor, gradient: Tensor | None) -> None:
-    wrong = "" if bool(x.isfinite().all()) else f"{kind}s"
-    if gradient is not None and not bool(gradient.isfinite().all()):
-        wrong = wrong or f"gradients of {kind}s"
-    if wrong:
-        raise RegraftError(
-            f"calibration: the {wrong} of {source_of(node)} are not finite; run the model in "
-            "float32 or bfloat16, or leave out the batch that does this"
-        )
+def _check_finite(found: dict[fx.Node, list[tuple[Tensor, Tensor | None]]]) -> None:
+    """RegraftError naming the first layer that is not finite; its values before gradients."""
+    for part, what in enumerate(("", "gradients of ")):
+        for node, pairs in found.items():
+            for kind, pair in zip(KINDS, pairs, strict=True):
+                x = pair[part]
+                if x is not None and not bool(x.isfinite().all()):
+                    raise RegraftError(
+                        f"calibration: the {what}{kind}s of {source_of(node)} are not finite; run "
+                        "the model in float32 or bfloat16, or leave out the batch that does this"
+                    )

@@ -23,6 +23,7 @@ _public = {
     "CleanUp": "regraft.passes.clean_up",
     "OutlineLayers": "regraft.passes.outline",
     "KVQuant": "regraft.passes.kvquant",
+    "save_calibration": "regraft.program.calibration",
 }
 __all__ = sorted(_public)
 

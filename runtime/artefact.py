@@ -2,7 +2,8 @@
 
 A folder holds ``regraft.json`` (the program, the report, and the size and hash of every other
 file), ``weights.safetensors``, transformers' own ``config.json`` and ``generation_config.json``,
-and ``regions/`` and ``kernels/``: code for the processor it was compiled on, compiled again on
+``calibration.safetensors`` of a calibrated cache, for ``KVQuant(calibration=...)``, and
+``regions/`` and ``kernels/``: code for the processor it was compiled on, compiled again on
 another. They are native code: load an artefact only from where you would run a program.
 """
 
@@ -24,8 +25,10 @@ from transformers import AutoConfig, GenerationConfig
 
 from regraft.kernels.compiled import files_in_use, search_path
 from regraft.program import RegraftError
+from regraft.program.calibration import save_calibration
 from regraft.program.folders import cache_dir
 from regraft.program.serialize import (
+    cache_tensors,
     program_from_json,
     program_tensors,
     program_to_json,
@@ -72,6 +75,8 @@ def _write(compiled: Compiled, folder: Path) -> None:
     for region in compiled.regions.values():
         if region.compiled:
             shutil.copy(region.file, folder / "regions")
+    if cache_tensors(compiled.program.cache):
+        save_calibration(compiled.program.cache, folder / "calibration.safetensors")
     warm_up(compiled.program)
     for file in files_in_use():
         shutil.copy(file, folder / "kernels")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 BITS = (2, 3, 4, 8)
-BINS = 4096
+BINS = 2048
 LLOYD_MAX = {
     2: (0.1977, 0.6622),
     3: (0.1025, 0.3160, 0.5595, 0.8810),
@@ -83,7 +83,7 @@ def fixed(name: str, bits: int) -> Codebook:
 
 def gaussian(bits: int) -> Codebook:
     """The codebook of least squared error for a standard normal (Max, 1960; Lloyd, 1982)."""
-    y = torch.linspace(-6, 6, 8 * BINS + 1, dtype=torch.float64)
+    y = torch.linspace(-6, 6, 16 * BINS + 1, dtype=torch.float64)
     return Codebook.of(kmeans(y, torch.exp(-0.5 * y.square()), 2**bits))
 
 

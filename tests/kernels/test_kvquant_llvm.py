@@ -3,7 +3,6 @@ import math
 import pytest
 import torch
 
-from regraft.kernels import compiled
 from regraft.kernels.compiled import LEVELS, KernelError, cpu_level
 from regraft.kernels.kvquant import reference
 from regraft.kernels.kvquant.layout import pack_table
@@ -183,25 +182,3 @@ def test_error_is_seen():
     exact = reference.attend(arguments[0].double(), *arguments[1:], dtype=torch.float64)
     body.value.scale[:, 3] *= 1.1
     assert (attend(*arguments).double() - exact).norm() / exact.norm() > BOUND
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "target",
-    [
-        {"kind": "llvm", "mtriple": "aarch64-linux-gnu", "mattr": ["+neon"]},
-        compiled.LEVELS["avx512"],
-    ],
-    ids=["aarch64", "avx512"],
-)
-def test_compiles_for_other_processors(target):
-    import tvm
-
-    from regraft.kernels.kvquant.llvm.generate import Shape, make
-
-    level = "portable" if "mtriple" in target else "avx512"
-    shape = Shape(level, 2, 64, 64, 3, 4, 4, True, True, True, "float32")
-    with tvm.transform.PassContext(opt_level=3):
-        built = tvm.compile(tvm.IRModule({"attend": make(shape)}), tvm.target.Target(target))
-    text = built.mod.inspect_source("asm")
-    assert ("fmla" in text) if level == "portable" else ("vpdpwssd" in text)

@@ -89,3 +89,19 @@ def test_no_room_leaves_nothing(saved, tmp_path):
     with pytest.raises(regraft.RegraftError, match="cannot be written"):
         saved[0].save(tmp_path / "file" / "artefact")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_calibrated_cache_comes_back_whole_and_can_be_used_again(tmp_path, batch):
+    model = tiny("llama")
+    ids = torch.randint(3, 256, (2, 256), generator=torch.Generator().manual_seed(3))
+    fast = regraft.compile(model, [regraft.KVQuant(bits=3)], calibration=[ids])
+    fast.save(tmp_path / "model")
+    again = regraft.load(tmp_path / "model")
+    file = tmp_path / "model" / "calibration.safetensors"
+    other = regraft.compile(model, [regraft.KVQuant(bits=3, calibration=str(file))])
+    for found in (again, other):
+        for mine, theirs in zip(fast.program.cache.layers, found.program.cache.layers, strict=True):
+            assert mine.settings == theirs.settings and mine.tensors.keys() == theirs.tensors.keys()
+            assert all(
+                torch.equal(mine.tensors[name], theirs.tensors[name]) for name in mine.tensors
+            )

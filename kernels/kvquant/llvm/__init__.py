@@ -1,4 +1,4 @@
-"""Attention to a quantised cache on the CPU, by kernels that TVM generates.
+"""A quantised cache on the CPU: its attention and its codes, by kernels that TVM generates.
 
 Raises KernelError where there is no kernel: the reference can take its place.
 """
@@ -14,18 +14,10 @@ import torch
 from torch import Tensor
 
 from regraft.kernels.compiled import LEVELS, KernelError, cpu_level, kernel
-from regraft.kernels.kvquant.layout import BLOCK
-from regraft.kernels.kvquant.reference import (
-    Body,
-    Levels,
-    Packed,
-    cap,
-    dequantize,
-    key_outliers,
-    pack_outliers,
-    residuals,
-)
+from regraft.kernels.kvquant.llvm.quantizing import quantize
+from regraft.kernels.kvquant.reference import Body
 
+__all__ = ["attend", "quantize"]
 SIZES = (64, 80, 96, 128, 256)
 SHAPES = 8
 _own = threading.local()
@@ -100,84 +92,6 @@ def attend(
                   key.outliers is not None),
     )  # fmt: skip
     return out.to(q.dtype)
-
-
-def append(
-    x: Tensor,
-    packed: Packed,
-    midpoints: Tensor,
-    start: int,
-    group: int = 0,
-    level: str | None = None,
-) -> None:
-    """Quantise whole blocks of x [B, H, 32 * n, D] into ``packed``, from its block start on.
-
-    x: float32, bfloat16 or float16, keys not rotated; midpoints: float32 [2**bits - 1] of the
-    codebook. The scales and zeros of keys are read, those of values written; a row of the keys'
-    serves ``group`` tokens, all of them where it is 0. Raises KernelError as ``attend`` does.
-    """
-    count = 0 if packed.outliers is None else packed.outliers.shape[2] // 32
-    function = _append_kernel(
-        level or cpu_level(), packed.kind, x.shape[1], packed.size, packed.bits, count, x.dtype
-    )
-    if x.dtype == torch.bfloat16:
-        x = x.view(torch.uint16)
-    blocks = x.shape[2] // 32
-    outliers = () if packed.outliers is None else (packed.outliers, packed.offsets)
-    function(
-        *(x, blocks, start, group // 32 or 1 << 40, packed.unit, packed.levels, midpoints),
-        *(packed.codes, packed.scale, packed.zero, *outliers),
-    )
-
-
-def quantize(
-    kind: str,
-    x: Tensor,
-    book: Levels,
-    bits: int,
-    share: float,
-    layout: str,
-    scale: Tensor | None = None,
-    zero: Tensor | None = None,
-    weight: Tensor | None = None,
-) -> Packed:
-    """The reference's ``quantize``, bit for bit; KernelError as ``append``."""
-    batch, heads, length, size = x.shape
-    blocks, count = length // BLOCK, cap(share, heads * size)
-    group, outliers, offsets = 0, None, None
-    if scale is None or zero is None:
-        scale, zero = (torch.empty(batch, blocks, BLOCK, dtype=torch.float16) for _ in "sz")
-        if count:
-            outliers = torch.empty(batch, blocks, BLOCK * count, dtype=torch.int32)
-            offsets = torch.empty(batch, blocks, heads + 1, dtype=torch.int32)
-    elif scale.shape[2] > 1:
-        group = length // scale.shape[2]
-    codes = torch.empty(batch, heads, blocks, BLOCK * size * bits // 8, dtype=torch.uint8)
-    packed = Packed(
-        *(kind, bits, size, layout, codes, scale, zero, book.levels, book.unit, outliers, offsets)
-    )
-    append(x, packed, book.midpoints, 0, group)
-    if kind == "key" and count:
-        read = dequantize(Body(packed, packed, blocks, group), kind)
-        residual = residuals(x, read, key_outliers(x, read, count, weight))
-        packed.outliers, packed.offsets = pack_outliers(residual, count)
-    return packed
-
-
-@cache
-def _append_kernel(
-    level: str, kind: str, heads: int, size: int, bits: int, count: int, dtype: torch.dtype
-) -> Any:
-    if size not in SIZES or bits not in (2, 3, 4) or not count < heads * size - 1:
-        raise KernelError(f"no CPU kernel packs {count} outliers, heads of {size}, {bits} bits")
-    key = (kind, heads, size, bits, count, str(dtype).removeprefix("torch."))
-
-    def make() -> Any:
-        from regraft.kernels.kvquant.llvm.coding import Side, make
-
-        return make(Side(*key))
-
-    return kernel("append", make, LEVELS[level], key)
 
 
 def _scratch(

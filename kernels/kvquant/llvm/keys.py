@@ -23,6 +23,7 @@ from regraft.kernels.kvquant.llvm.simd import (
     load,
     local,
     loop,
+    prefetch,
     put,
     repeat,
     shuffle,
@@ -148,7 +149,9 @@ class FixedKeys:
         """Fill the scratch with the (rotated) keys of the block codes[*at], cos and sin in
         rotation[*angle]."""
         per_row = {4: 1, 2: 2, 3: 4}[self.bits]
+        ahead = (at[0], at[1] + 1, at[2])
         with loop(self.pairs // per_row) as i:
+            prefetch(codes, *ahead, i * per_row * TOKENS * self.bits // 4)
             index = self._indices(codes, at, i)
             for k in range(per_row):
                 pair = T.Bind(i * per_row + k)

@@ -19,6 +19,7 @@ from regraft.kernels.kvquant.llvm.simd import (
     local,
     loop,
     opaque,
+    prefetch,
     put,
     shuffle,
     store,
@@ -74,20 +75,19 @@ class Outliers:
             store(extra, EIGHT.of(0.0), i * 2, 0, lanes=8)
 
         def add(block: Expr, j: Expr, token: Expr, channel: Expr, value: Expr) -> None:
-            place = T.Bind(j * TOKENS + token)
-            total = load(extra, place, 0, lanes=4)
             q = load(queries, *where, channel, 0, lanes=4)
             if self.rotated:
-                second = T.Cast("int64", channel >= T.int64(self.size // 2))
-                pair = T.Bind(channel - second * (self.size // 2))
+                pair = self._pair(channel)
                 cos, sin = (
                     T.Cast("float32", get(rotation, angle, block, turn(pair, side, token))) * value
                     for side in (0, 1)
                 )
                 partner = load(queries, *where, channel, ROWS, lanes=4)
-                total = FOUR.fma(partner, FOUR.of(sin), total)
-                value = cos
-            store(extra, FOUR.fma(q, FOUR.of(value), total), place, 0, lanes=4)
+                part = FOUR.fma(q, FOUR.of(cos), partner * FOUR.of(sin))
+            else:
+                part = q * FOUR.of(value)
+            place = T.Bind(j * TOKENS + token)
+            store(extra, load(extra, place, 0, lanes=4) + part, place, 0, lanes=4)
 
         self._each(entries, offsets, at, head, count, add)
         self._add_transposed(extra, count * (TOKENS // 8), scores, out)
@@ -124,6 +124,12 @@ class Outliers:
         self._each(entries, offsets, at, head, count, add)
         self._add_transposed(extra, T.int64(self.value_size // 8), sums, out)
 
+    def _pair(self, channel: Expr) -> Expr:
+        half = self.size // 2
+        if half & (half - 1) == 0:
+            return T.Bind(T.bitwise_and(channel, T.int64(half - 1)))
+        return T.Bind(channel - T.Cast("int64", channel >= T.int64(half)) * half)
+
     def _each(
         self, entries: Any, offsets: Any, at: tuple[Expr, Expr], head: Expr, count: Expr, add: Any
     ) -> None:
@@ -133,6 +139,8 @@ class Outliers:
             begin, end = (
                 opaque(T.Cast("int64", get(offsets, b, block, head + side))) for side in (0, 1)
             )
+            for line in range(3):
+                prefetch(entries, b, block, end + 16 * line)
             with loop(end, begin) as i:
                 entry = T.Bind(get(entries, b, block, i))
                 token = T.Bind(T.Cast("int64", T.shift_right(entry, T.int32(24))))

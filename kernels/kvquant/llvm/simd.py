@@ -47,6 +47,13 @@ def load(buffer: Any, *index: Expr, lanes: int) -> Expr:
     return T.Bind(buffer.vload(list(map(integer, index)), dtype))
 
 
+def prefetch(buffer: Any, *index: Expr) -> None:
+    """Ask for the cache line of an element that will be read; it need not exist."""
+    address = T.address_of(buffer[tuple(map(integer, index))])
+    hints = (T.int32(0), T.int32(3), T.int32(1))
+    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch.p0", address, *hints))
+
+
 def load_float(buffer: Any, *index: Expr, lanes: int) -> Expr:
     """A float32 vector of an argument of a model's dtype; uint16 is bfloat16."""
     x = load(buffer, *index, lanes=lanes)
@@ -146,8 +153,12 @@ class Floats:
         return call(self.dtype, f"llvm.sqrt.{suffix(self.dtype)}", x)
 
     def total(self, x: Expr) -> Expr:
-        name = f"llvm.vector.reduce.fadd.{suffix(self.dtype)}"
-        return call("float32", name, T.float32(0), x)
+        """The sum of all lanes, by halves."""
+        lanes = self.lanes
+        while lanes > 1:
+            lanes //= 2
+            x = T.Bind(shuffle([x], range(lanes)) + shuffle([x], range(lanes, 2 * lanes)))
+        return x
 
     def largest(self, x: Expr) -> Expr:
         return call("float32", f"llvm.vector.reduce.fmax.{suffix(self.dtype)}", x)

@@ -21,6 +21,7 @@ from regraft.kernels.kvquant.llvm.simd import (
     get,
     load,
     loop,
+    prefetch,
     repeat,
 )
 
@@ -65,8 +66,11 @@ class FixedValues:
             sums = Registers(self.rows * self.vectors, "int32", m.lanes)
             with loop(blocks) as j:
                 where = (*at, block + j)
-                steps = 1 if self.bits == 3 else TOKENS * self.bits // 32
+                steps = TOKENS * self.width // 32
                 with loop(steps) as step:
+                    for v in range(self.vectors):
+                        line = (step * self.size + channel + v * m.lanes) * 4
+                        prefetch(codes, at[0], at[1] + 1, block + j, line)
                     for pair, data in self._pairs(codes, where, channel, levels, step):
                         for r in range(self.rows):
                             weight = get(weights, r, j * (TOKENS // 2) + pair)
@@ -82,42 +86,44 @@ class FixedValues:
     def _pairs(
         self, codes: Any, at: tuple[Expr, ...], channel: Expr, levels: Expr, step: Expr
     ) -> Iterator[tuple[Expr, list[Expr]]]:
-        """(number of a pair of tokens, its int16 pairs by vectors of channels) of a block."""
-        m = self.machine
+        """(number of a pair of tokens, its int16 pairs by vectors of channels) of a step's words.
 
-        def words(group: Expr) -> list[Expr]:
-            count = self.machine.bits // 8
-            starts = [(group * self.size + channel + v * m.lanes) * 4 for v in range(self.vectors)]
-            data = [load(codes, *at, start, lanes=count) for start in starts]
-            return [T.Bind(T.reinterpret(f"int32x{m.lanes}", x)) for x in data]
-
-        def look_up(index: Expr) -> Expr:
-            found = m.look_up_bytes(levels, index)
-            return T.Bind(T.reinterpret(f"int32x{m.lanes}", found))
-
-        return self._planes(words, look_up) if self.bits == 3 else self._bytes(words, look_up, step)
-
-    def _bytes(self, words: Any, look_up: Any, step: Expr) -> Iterator[tuple[Expr, list[Expr]]]:
-        """The look-up of the bytes of a word serves two pairs."""
-        m, per, mask = self.machine, 16 // self.bits, (2**self.bits - 1) * 0x1010101
-        data = words(step)
+        A look-up of the bytes of a word serves two pairs.
+        """
+        m, width = self.machine, self.width
+        per, lows = 16 // width, self._words(codes, at, channel, step)
+        highs = [None] * self.vectors
+        if self.bits == 3:
+            moved = T.Bind(fill(T.Cast("int32", step * 8), "int32", m.lanes))
+            words = self._words(codes, at, channel, T.int64(2))
+            highs = [self._spread(T.Bind(T.shift_right(word, moved))) for word in words]
         for i in range(per // 2):
-            found = [look_up(m.mask(m.shift_right(w, self.bits * i, 16), mask)) for w in data]
-            yield step * per + i, [m.mask(u, 0xFF00FF) for u in found]
-            yield step * per + (i + per // 2), [m.shift_right(u, 8, 16) for u in found]
-
-    def _planes(self, words: Any, look_up: Any) -> Iterator[tuple[Expr, list[Expr]]]:
-        """Two low bits from one plane, the third from another."""
-        m, highs = self.machine, words(2)
-        for pair in range(TOKENS // 2):
-            if pair % 8 == 0:
-                lows = words(pair // 8)
             found = []
             for low, high in zip(lows, highs, strict=True):
-                if pair < 2:
-                    third = T.shift_left(high, fill(2 - pair, "int32", m.lanes))
-                else:
-                    third = m.shift_right(high, pair - 2, 16)
-                index = m.mask(m.shift_right(low, 2 * (pair % 8), 16), 0x30003)
-                found.append(look_up(T.bitwise_or(index, m.mask(third, 0x40004))))
-            yield pair, found
+                index = m.mask(m.shift_right(low, width * i, 16), (2**width - 1) * 0x1010101)
+                if high is not None:
+                    third = m.shift_right(high, i, 16)
+                    index = T.bitwise_or(index, m.mask(third, 0x4040404))
+                bytes_found = m.look_up_bytes(levels, index)
+                found.append(T.Bind(T.reinterpret(f"int32x{m.lanes}", bytes_found)))
+            first = step * per + i
+            yield first, [m.mask(u, 0xFF00FF) for u in found]
+            yield first + per // 2, [m.shift_right(u, 8, 16) for u in found]
+
+    @property
+    def width(self) -> int:
+        """Bits of a code in the first plane."""
+        return 2 if self.bits == 3 else self.bits
+
+    def _words(self, codes: Any, at: tuple[Expr, ...], channel: Expr, group: Expr) -> list[Expr]:
+        m = self.machine
+        starts = [(group * self.size + channel + v * m.lanes) * 4 for v in range(self.vectors)]
+        data = [load(codes, *at, start, lanes=m.bits // 8) for start in starts]
+        return [T.Bind(T.reinterpret(f"int32x{m.lanes}", x)) for x in data]
+
+    def _spread(self, word: Expr) -> Expr:
+        """Bits 0 to 3 of each 16 as bits 2 to 5 of their low byte, 4 to 7 of their high byte."""
+        m = self.machine
+        low = T.shift_left(m.mask(word, 0xF000F), fill(2, "int32", m.lanes))
+        high = T.shift_left(m.mask(word, 0xF000F0), fill(6, "int32", m.lanes))
+        return T.Bind(T.bitwise_or(low, high))
