@@ -76,6 +76,7 @@ def error(arguments, softcap=0.0):
         {"groups": 2, "heads": 4, "size": 80},
         {"groups": 1, "size": 96},
         {"heads": 2, "size": 256},
+        {"groups": 8, "heads": 1},
         {"queries": 4},
         {"queries": 16, "padding": 20},
         {"batch": 3, "padding": 20, "sinks": True, "tables": 3},

@@ -10,6 +10,8 @@ from regraft.kernels.kvquant.layout import BLOCK
 STAGES = 3
 TILE_ROW = 40
 """Words of a row of the tile of 32 tokens, so that rows 2 * q of 8 tokens lie in other banks."""
+BARRIERS = 15
+"""Those that a block of threads has besides the one of all its threads."""
 RESERVED = 1024
 """Bytes that the shared memory may be away from where an address of it is 0."""
 
@@ -52,13 +54,13 @@ class Layout:
 
     def __init__(self, case: Case) -> None:
         self.case = case
-        for limit in (16, 8, 4) if case.tiles == 1 and case.value_size <= 128 else (8, 4):
+        for limit in (16, 8, 4, 2, 1)[case.tiles > 1 or case.value_size > 128 :]:
             self.heads = max(h for h in range(1, limit + 1) if case.heads % h == 0)
-            self.blocks = limit // self.heads
-            self.warps = self.heads * self.blocks
-            self._place(case)
-            if self.bytes <= case.shared:
-                return
+            for blocks in range(min(limit // self.heads, BARRIERS), 0, -1):
+                self.blocks, self.warps = blocks, self.heads * blocks
+                self._place(case)
+                if self.bytes <= case.shared:
+                    return
         raise KernelError(f"no room in shared memory for heads of {case.size} channels")
 
     def _place(self, case: Case) -> None:
