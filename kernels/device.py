@@ -31,9 +31,7 @@ FUNCTIONS: dict[str, tuple[str, str, str]] = {
     "load2": (WORD, "const void* s", "return __ldcs((const unsigned short*)s);"),
     "copy16": ("void", "void* d, const void* s", "*(uint4*)d = *(const uint4*)s;"),
     "copy8": ("void", "void* d, const void* s", "*(uint2*)d = *(const uint2*)s;"),
-    "copy4": ("void", "void* d, const void* s", "*(unsigned*)d = *(const unsigned*)s;"),
     "read4": (WORD, "const void* s", "return *(const unsigned*)s;"),
-    "read2": (WORD, "const void* s", "return *(const unsigned short*)s;"),
     "write4": ("void", "void* d, unsigned x", "*(unsigned*)d = x;"),
     "write8": (
         "void",
