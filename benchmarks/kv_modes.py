@@ -58,9 +58,12 @@ def from_fits(name: str, fits: Sequence[dict[str, Fit]], heads: int, size: int) 
         assert key.scale is not None and key.zero is not None
         read_key = partial(
             read_keys, scale=key.scale, zero=key.zero, book=key.book,
-            count=cap(key.outliers, channels), weight=key.weight,
+            count=cap(key.outliers, channels), feedback=key.feedback,
         )  # fmt: skip
-        read_value = partial(read_values, book=value.book, count=cap(value.outliers, channels))
+        read_value = partial(
+            read_values, book=value.book, count=cap(value.outliers, channels),
+            feedback=value.feedback,
+        )  # fmt: skip
         reads.append((read_key, read_value))
         bits += sum(
             token_bits(kind, layer[kind].book.bits, layer[kind].outliers, heads, size)

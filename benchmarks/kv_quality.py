@@ -118,7 +118,8 @@ def _ranged(layer: dict[str, Samples], bits: int, name: str) -> dict[str, Fit]:
     """A fixed codebook between the calibrated extremes of keys, and those of each value."""
     book = fixed(name, bits)
     scale, zero = quantiles(layer["key"].x, 0.0)
-    return {"key": Fit(book, 0.0, math.nan, scale, zero), "value": Fit(book, 0.0, math.nan)}
+    key = Fit(book, 0.0, math.nan, scale=scale, zero=zero)
+    return {"key": key, "value": Fit(book, 0.0, math.nan)}
 
 
 @torch.inference_mode()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from regraft.kernels.kvquant.codebook import Codebook, fitted, fixed, q_norm
+from regraft.kernels.kvquant.feedback import Feedback, feedback
 from regraft.kernels.kvquant.reference import cap, key_outliers, quantize_values
 from regraft.kernels.kvquant.simulate import read_keys, read_values
 from regraft.passes.recorder import record
@@ -24,31 +25,42 @@ KINDS = ("key", "value")
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """Keys or values float16 [1, H, n, D] of a layer, and ``weight`` [1, H, m, D]: the squared
-    gradients of the loss to the first m tokens of them."""
+    """Keys or values float16 [1, H, n, D] of a layer, and the gradients float32 [1, H, m, D] of
+    the loss to the first m tokens of them."""
 
     x: Tensor
-    weight: Tensor
+    gradient: Tensor
+
+    @property
+    def fisher(self) -> Tensor:
+        """What errors of a head's channels cost together, float32 [H, D, D]."""
+        g = self.gradient[0].float()
+        return g.mT @ g / g.shape[1]
 
 
 @dataclass(frozen=True, eq=False)
 class Fit:
     """A codebook, its share of outliers, the error expected of them (what they add to the loss of
-    a token), and for keys float16 scale, zero and weight of each channel [1, H, 1, D]."""
+    a token), ``Samples.fisher``, and for keys float16 scale and zero of each channel
+    [1, H, 1, D]."""
 
     book: Codebook
     outliers: float
     error: float
+    fisher: Tensor | None = None
     scale: Tensor | None = None
     zero: Tensor | None = None
-    weight: Tensor | None = None
+
+    @property
+    def feedback(self) -> Feedback | None:
+        return None if self.fisher is None else feedback(self.fisher, self.scale)
 
     def tensors(self) -> dict[str, Tensor]:
         """All but the share and the error, by name; the codebook's unit as float32 []."""
         unit = torch.tensor(self.book.unit)
         found = {"levels": self.book.levels, "midpoints": self.book.midpoints, "unit": unit}
-        ranged = {"scale": self.scale, "zero": self.zero, "weight": self.weight}
-        return found | {name: x for name, x in ranged.items() if x is not None}
+        rest = {"fisher": self.fisher, "scale": self.scale, "zero": self.zero}
+        return found | {name: x for name, x in rest.items() if x is not None}
 
 
 def pieces(calibration: Sequence[Any], vocabulary: int | None) -> list[Tensor]:
@@ -105,11 +117,10 @@ def collect(
                 if differentiated or kind == "key":
                     store.setdefault(kind, []).append(_half(x[:, :, sink:]))
                 if gradient is not None:
-                    weight = gradient[:, :, sink:].float().square()
-                    store.setdefault(f"{kind} weight", []).append(weight)
+                    store.setdefault(f"{kind} gradient", []).append(gradient[:, :, sink:].float())
     return [
         {
-            kind: Samples(torch.cat(store[kind], 2), torch.cat(store[f"{kind} weight"], 2))
+            kind: Samples(torch.cat(store[kind], 2), torch.cat(store[f"{kind} gradient"], 2))
             for kind in KINDS
         }
         for store in kept
@@ -122,63 +133,60 @@ def fit(kind: str, samples: Samples, bits: int, outliers: float, qnorm: bool) ->
 
     Source: KVQuant (arXiv 2401.18079), whose keys are ranged by quantiles and whose codebook
     minimises the error weighted by squared gradients and ranges (Eq. 7). Here it is fitted to
-    what outliers leave to codes, and the ranges of keys are then fitted to it, in turn.
+    what outliers leave to codes, and the ranges of keys are then fitted to it, in turn; codes are
+    chosen with error feedback (see ``kernels/kvquant/feedback.py``).
     """
-    tokens = samples.weight.shape[2]
+    tokens = samples.gradient.shape[2]
     if tokens < (needed := 16 * min(2**bits, 16)):
         raise RegraftError(
             f"calibration has {tokens} tokens after the sink, {bits}-bit codes need {needed}: "
             "give more text"
         )
     channels = samples.x.shape[1] * samples.x.shape[3]
-    count = cap(outliers, channels)
-    x = samples.x[:, :, :tokens].float()
-    ranges: list[Tensor] = []
+    count, fisher = cap(outliers, channels), samples.fisher
+    x, weight = samples.x[:, :, :tokens].float(), samples.gradient.square()
     if kind == "key":
-        book, *ranges, y, weight = _fit_keys(samples, x, bits, outliers, count)
+        book, y, weight, *ranges = _fit_keys(samples, x, weight, bits, outliers, count)
     else:
-        book, y, weight = _fit_values(samples, x, bits, count)
+        book, y, weight = _fit_values(x, weight, bits, count)
+        ranges = []
     if qnorm:
         book = q_norm(book, y, (weight > 0).float())
     if kind == "key":
-        scale, zero, sensitivity = ranges
-        read = read_keys(x, scale, zero, book, count, sensitivity)
+        read = read_keys(x, *ranges, book, count, feedback(fisher, ranges[0]))
     else:
-        read = read_values(x, book, count)
-    error = float((samples.weight * (x - read).square()).sum()) / (2 * tokens)
-    return Fit(book, outliers, error, *ranges)
+        read = read_values(x, book, count, feedback(fisher))
+    error = float((samples.gradient * (x - read)).sum((1, 3)).square().mean()) / 2
+    return Fit(book, outliers, error, fisher, *ranges)
 
 
 def _fit_keys(
-    samples: Samples, x: Tensor, bits: int, outliers: float, count: int
-) -> tuple[Codebook, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Codebook, scale, zero, weights of channels; normalised keys and their weights, 0 for
-    outliers."""
+    samples: Samples, x: Tensor, costs: Tensor, bits: int, outliers: float, count: int
+) -> tuple[Codebook, Tensor, Tensor, Tensor, Tensor]:
+    """Codebook, normalised keys and their weights (0 for outliers), scale, zero."""
     scale, zero = quantiles(samples.x, outliers)
-    channels = samples.weight.mean(2, keepdim=True).sqrt()
-    channels = (channels / channels.max().clamp(min=1e-30)).half()
+    channels = feedback(samples.fisher, scale).weight
     inside = (x - zero.float()).abs() <= scale
     coded = inside if count else torch.ones_like(inside)
     for turn in range(ROUNDS + 1):
         divisor = torch.where(scale == 0, 1.0, scale.float())
-        y, weight = (x - zero.float()) / divisor, samples.weight * coded
+        y, weight = (x - zero.float()) / divisor, costs * coded
         book = fixed("uniform", 8) if bits == 8 else fitted(y, weight * divisor.square(), bits)
         if bits == 8 or turn == ROUNDS:
             break
         level = book.decode(book.encode(y))
         scale, zero = _regress(x, level, weight, scale, zero)
         coded = ~key_outliers(x, level * scale.float() + zero.float(), count, channels)
-    return book, scale, zero, channels, y, weight
+    return book, y, weight, scale, zero
 
 
-def _fit_values(
-    samples: Samples, x: Tensor, bits: int, count: int
-) -> tuple[Codebook, Tensor, Tensor]:
+def _fit_values(x: Tensor, costs: Tensor, bits: int, count: int) -> tuple[Codebook, Tensor, Tensor]:
+    """Codebook, normalised values and their weights (0 for outliers)."""
     book = fixed("uniform", bits)
     _, scale, zero, residual = quantize_values(x, book, count)
     scale, zero = (part[:, None, :, None].float() for part in (scale, zero))
     scale = torch.where(scale == 0, 1.0, scale)
-    weight = samples.weight if residual is None else samples.weight * (residual == 0)
+    weight = costs if residual is None else costs * (residual == 0)
     y = (x - zero) / scale
     return (book if bits == 8 else fitted(y, weight * scale.square(), bits)), y, weight
 

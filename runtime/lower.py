@@ -222,7 +222,7 @@ def new_layer(state: LayerState, kernels: bool = True) -> DenseLayer | Quantized
             )
         else:
             book = fixed(settings["codebook"], bits)
-        scale, zero, weight = (tensors.get(f"{kind}_{n}") for n in ("scale", "zero", "weight"))
+        scale, zero, fisher = (tensors.get(f"{kind}_{n}") for n in ("scale", "zero", "fisher"))
         outliers = settings[f"{kind}_outliers"]
-        codings.append(Coding(bits, book, outliers, scale, zero, settings["group"], weight))
+        codings.append(Coding(bits, book, outliers, scale, zero, settings["group"], fisher))
     return QuantizedLayer(*codings, settings["sink"], settings["tail"], kernels)

@@ -12,6 +12,7 @@ from torch import Tensor
 from regraft.kernels.attention.reference import attention
 from regraft.kernels.kvquant import dispatch, reference
 from regraft.kernels.kvquant.codebook import Codebook, fixed
+from regraft.kernels.kvquant.feedback import Feedback, feedback
 from regraft.kernels.kvquant.layout import BLOCK, unpack_table
 from regraft.kernels.kvquant.reference import (
     Body,
@@ -31,8 +32,8 @@ class Coding:
     """How keys or values are coded: bits a code, codebook, share of outliers.
 
     scale, zero: float16 [1, H, 1, D] of calibrated keys; None: ranges of ``group`` tokens (a
-    multiple of 32) for keys, of each token for values. weight: float16 [1, H, 1, D], what errors
-    of a key's channels cost; it chooses the outliers.
+    multiple of 32) for keys, of each token for values. fisher: float32 [H, D, D], what errors of a
+    head's channels cost together, for error feedback; None for none.
     """
 
     bits: int
@@ -41,7 +42,7 @@ class Coding:
     scale: Tensor | None = None
     zero: Tensor | None = None
     group: int = 64
-    weight: Tensor | None = None
+    fisher: Tensor | None = None
 
     def to(self, device: torch.device) -> Coding:
         book = replace(
@@ -49,9 +50,9 @@ class Coding:
             midpoints=self.book.midpoints.to(device),
             levels=self.book.levels.to(device),
         )
-        tensors = (self.scale, self.zero, self.weight)
-        scale, zero, weight = (None if x is None else x.to(device) for x in tensors)
-        return replace(self, book=book, scale=scale, zero=zero, weight=weight)
+        tensors = (self.scale, self.zero, self.fisher)
+        scale, zero, fisher = (None if x is None else x.to(device) for x in tensors)
+        return replace(self, book=book, scale=scale, zero=zero, fisher=fisher)
 
 
 class Store:
@@ -61,6 +62,7 @@ class Store:
         self.kind, self.coding = kind, coding
         self._quantize = dispatch.quantize if kernels else reference.quantize
         self.size, self.layout, self.arranged = 0, "llvm", False
+        self._feedback: Feedback | None = None
         self.codes = Buffer(1, 1.0)
         self.scales = Buffer(1, 1.0), Buffer(1, 1.0)
         self.outliers, self.offsets = Buffer(1, 1.0), Buffer(1, 1.0)
@@ -74,13 +76,15 @@ class Store:
         if not self.size:
             self.size, self.layout = x.shape[-1], "cuda" if x.is_cuda else "llvm"
             self.coding = self.coding.to(x.device)
+            if self.coding.fisher is not None:
+                self._feedback = feedback(self.coding.fisher, self.coding.scale)
         coding = self.coding
         scales: Any = (coding.scale, coding.zero)
         if self.kind == "key" and coding.scale is None:
             scales = [s.squeeze(3) for s in ranges(x.unflatten(2, (-1, coding.group)), 3)]
         made = self._quantize(
             self.kind, x, coding.book, coding.bits, coding.outliers, self.layout, *scales,
-            coding.weight,
+            self._feedback,
         )  # fmt: skip
         parts = [made.codes, made.scale, made.zero, made.outliers, made.offsets]
         for buffer, part in zip(self.buffers, parts, strict=True):
@@ -95,9 +99,10 @@ class Store:
     def arrange(self, order: Tensor) -> None:
         """Bring calibrated channels into this order, once."""
         if self.coding.scale is not None and self.coding.zero is not None and not self.arranged:
-            tensors = (self.coding.scale, self.coding.zero, self.coding.weight)
-            scale, zero, weight = (None if x is None else x[..., order] for x in tensors)
-            self.coding = replace(self.coding, scale=scale, zero=zero, weight=weight)
+            scale, zero = (x[..., order] for x in (self.coding.scale, self.coding.zero))
+            fisher = self.coding.fisher
+            fisher = None if fisher is None else fisher[:, order][:, :, order]
+            self.coding = replace(self.coding, scale=scale, zero=zero, fisher=fisher)
         self.arranged = True
 
     @property

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from regraft.kernels.kvquant.feedback import Feedback, turns
 from regraft.kernels.kvquant.layout import BLOCK, pack, unpack, unpack_table
 from regraft.kernels.rotary.reference import rotate
 
@@ -70,14 +71,46 @@ def ranges(x: Tensor, dim: int | tuple[int, ...]) -> tuple[Tensor, Tensor]:
 
 
 def encode(
-    x: Tensor, scale: Tensor, zero: Tensor, book: Levels, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Tensor]:
-    """Codes (uint8) of x, and what they read as, in dtype; scale and zero broadcast against x."""
+    x: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    book: Levels,
+    feedback: Feedback | None = None,
+    exact: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes (uint8) of x [B, H, T, D], what they stand for, and what they read as, float32.
+
+    scale and zero broadcast against x. Codes stand for x itself or, with feedback, for what makes
+    up for the errors of the channels coded before; those that are exact (bool) have none.
+    """
     scale, zero = scale.float(), zero.float()
     y = (x.float() - zero) / torch.where(scale == 0, 1.0, scale)
-    codes = torch.bucketize(y.contiguous(), book.midpoints)
-    levels = book.levels.to(dtype) * book.unit
-    return codes.to(torch.uint8), levels[codes] * scale.to(dtype) + zero.to(dtype)
+    levels = book.levels.float() * book.unit
+    target, aim = x.float(), y
+    if feedback is None:
+        codes = torch.bucketize(y.contiguous(), book.midpoints)
+    else:
+        codes, aim = _in_turn(y, book.midpoints, levels, feedback.matrix, exact)
+        target = target + (aim - y) * scale
+    return codes.to(torch.uint8), target, levels[codes] * scale + zero
+
+
+def _in_turn(
+    y: Tensor, midpoints: Tensor, levels: Tensor, matrix: Tensor, exact: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Codes and targets of normalised y [B, H, T, D]; see ``Feedback``."""
+    order = turns(y.shape[-1]).to(y.device)
+    y = y[..., order].permute(3, 0, 1, 2).contiguous()
+    steps = matrix.permute(1, 2, 0)[:, :, None, :, None]
+    aim, codes = y.clone(), torch.empty_like(y, dtype=torch.int64)
+    kept = None if exact is None else exact[..., order].permute(3, 0, 1, 2)
+    for i in range(len(y)):
+        codes[i] = torch.bucketize(aim[i], midpoints)
+        read = levels[codes[i]]
+        error = y[i] - (read if kept is None else torch.where(kept[i], aim[i], read))
+        aim[i + 1 :] += error * steps[i, i + 1 :]
+    back = order.argsort()
+    return codes[back].permute(1, 2, 3, 0), aim[back].permute(1, 2, 3, 0)
 
 
 def quantize_keys(
@@ -86,17 +119,19 @@ def quantize_keys(
     zero: Tensor,
     book: Levels,
     count: int = 0,
-    weight: Tensor | None = None,
+    feedback: Feedback | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Codes [B, H, T, D] of keys, and the residuals of their outliers.
 
-    scale, zero: float16 [1 or B, H, 1 or T, D]; weight: what an error of a channel costs
-    [1, H, 1, D]. The residuals are float16 [B, H, T, D], zero elsewhere; None where count is 0.
+    scale, zero: float16 [1 or B, H, 1 or T, D]. The residuals are float16 [B, H, T, D], zero
+    elsewhere; None where count is 0.
     """
-    codes, read = encode(k, scale, zero, book)
-    if not count:
-        return codes, None
-    return codes, residuals(k, read, key_outliers(k, read, count, weight))
+    exact = None
+    if count:
+        weight = None if feedback is None else feedback.weight
+        exact = key_outliers(k, encode(k, scale, zero, book)[2], count, weight)
+    codes, target, read = encode(k, scale, zero, book, feedback, exact)
+    return codes, None if exact is None else residuals(target, read, exact)
 
 
 def key_outliers(k: Tensor, read: Tensor, count: int, weight: Tensor | None = None) -> Tensor:
@@ -122,7 +157,7 @@ def _largest(x: Tensor, count: int) -> Tensor:
 
 
 def quantize_values(
-    v: Tensor, book: Levels, count: int = 0
+    v: Tensor, book: Levels, count: int = 0, feedback: Feedback | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Codes [B, H, T, D], scale and zero [B, T] and residuals [B, H, T, D] of values.
 
@@ -136,13 +171,14 @@ def quantize_values(
     maximum = torch.zeros_like(top[0][..., -1]) if whole else top[0][..., -1]
     minimum = maximum if whole else bottom[0][..., -1]
     scale, zero = _scale_and_zero(minimum, maximum)
-    codes, read = encode(v, scale[:, None, :, None], zero[:, None, :, None], book)
-    if not count:
-        return codes, scale, zero, None
-    chosen = torch.zeros_like(flat, dtype=torch.bool)
-    chosen.scatter_(-1, top[1][..., :high], True).scatter_(-1, bottom[1][..., :low], True)
-    chosen = chosen.unflatten(2, (v.shape[1], -1)).transpose(1, 2)
-    return codes, scale, zero, residuals(v, read, chosen)
+    exact = None
+    if count:
+        exact = torch.zeros_like(flat, dtype=torch.bool)
+        exact.scatter_(-1, top[1][..., :high], True).scatter_(-1, bottom[1][..., :low], True)
+        exact = exact.unflatten(2, (v.shape[1], -1)).transpose(1, 2)
+    wide = (part[:, None, :, None] for part in (scale, zero))
+    codes, target, read = encode(v, *wide, book, feedback, exact)
+    return codes, scale, zero, None if exact is None else residuals(target, read, exact)
 
 
 def quantize(
@@ -154,21 +190,21 @@ def quantize(
     layout: str,
     scale: Tensor | None = None,
     zero: Tensor | None = None,
-    weight: Tensor | None = None,
+    feedback: Feedback | None = None,
 ) -> Packed:
     """Whole blocks of keys or values [B, H, 32 * n, D], with ``share`` of outliers.
 
     Keys are not rotated and come with their scale and zero, float16 [1 or B, H, groups, D]; a row
-    serves as many tokens as there are to each. weight: see ``quantize_keys``.
+    serves as many tokens as there are to each.
     """
     count = cap(share, x.shape[1] * x.shape[3])
     if scale is None or zero is None:
-        codes, scale, zero, residual = quantize_values(x, book, count)
+        codes, scale, zero, residual = quantize_values(x, book, count, feedback)
         scale, zero = (part.unflatten(1, (-1, BLOCK)) for part in (scale, zero))
     else:
         group = x.shape[2] // scale.shape[2]
         wide = [part.repeat_interleave(group, 2) for part in (scale, zero)]
-        codes, residual = quantize_keys(x, wide[0], wide[1], book, count, weight)
+        codes, residual = quantize_keys(x, wide[0], wide[1], book, count, feedback)
     outliers = (None, None) if residual is None else pack_outliers(residual, count)
     packed = pack(codes.unflatten(2, (-1, BLOCK)), bits, kind, layout)
     size, levels = x.shape[3], (book.levels, book.unit)

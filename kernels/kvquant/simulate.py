@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from regraft.kernels.kvquant.codebook import Codebook
+from regraft.kernels.kvquant.feedback import Feedback
 from regraft.kernels.kvquant.reference import quantize_keys, quantize_values, ranges
 
 
@@ -19,16 +20,18 @@ def read_keys(
     zero: Tensor,
     book: Codebook,
     count: int = 0,
-    weight: Tensor | None = None,
+    feedback: Feedback | None = None,
 ) -> Tensor:
     """float32 [B, H, T, D] of unrotated keys; see ``quantize_keys``."""
-    codes, residual = quantize_keys(k, scale, zero, book, count, weight)
+    codes, residual = quantize_keys(k, scale, zero, book, count, feedback)
     return _read(book, codes, scale, zero, residual)
 
 
-def read_values(v: Tensor, book: Codebook, count: int = 0) -> Tensor:
+def read_values(
+    v: Tensor, book: Codebook, count: int = 0, feedback: Feedback | None = None
+) -> Tensor:
     """float32 [B, H, T, D] of values; see ``quantize_values``."""
-    codes, scale, zero, residual = quantize_values(v, book, count)
+    codes, scale, zero, residual = quantize_values(v, book, count, feedback)
     return _read(book, codes, scale[:, None, :, None], zero[:, None, :, None], residual)
 
 

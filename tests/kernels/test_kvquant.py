@@ -161,7 +161,7 @@ def test_encode_reads_levels_apart_from_midpoints():
         unit=0.01,
     )
     one, zero = torch.ones(1).half(), torch.zeros(1).half()
-    codes, read = encode(torch.tensor([-0.1, 0.1]), one, zero, book)
+    codes, _, read = encode(torch.tensor([-0.1, 0.1]), one, zero, book)
     assert codes.tolist() == [0, 1] and read.tolist() == [-1.0, 0.5]
 
 

@@ -6,7 +6,9 @@ import torch
 from regraft.kernels.compiled import LEVELS, KernelError, cpu_level
 from regraft.kernels.kvquant import reference
 from regraft.kernels.kvquant.codebook import fixed
+from regraft.kernels.kvquant.feedback import feedback
 from regraft.kernels.kvquant.llvm.quantizing import quantize
+from regraft.kernels.kvquant.reference import Body, dequantize
 from tests.kernels.test_kvquant import random
 
 pytest.importorskip("tvm")
@@ -25,16 +27,26 @@ def same(found, expected):
             assert torch.equal(one, other), (part, (one != other).sum())
 
 
+def costs(heads, size):
+    """What errors cost: channels that go together, some more than others."""
+    gradient = random(heads, 2 * size, size, seed=9) * random(heads, 1, size, seed=10)
+    gradient += 3 * random(heads, 2 * size, 1, seed=11) * random(heads, 1, size, seed=12)
+    return gradient.mT @ gradient
+
+
 def key_scales(heads, size, batch=1, groups=1):
-    """Scales with some normal keys outside; zeros and weights differ by channel."""
+    """Scales with some normal keys outside; zeros and costs of errors differ by channel."""
     scale = 2.5 * (1 + 0.1 * random(batch, heads, groups, size, seed=7).clamp(-5, 5))
-    zero, weight = 0.1 * random(batch, heads, groups, size, seed=8), random(1, heads, 1, size)
-    return scale.half(), zero.half(), weight.abs().half()
+    zero = 0.1 * random(batch, heads, groups, size, seed=8)
+    return scale.half(), zero.half(), feedback(costs(heads, size), scale[:1, :, :1])
 
 
 def arguments(kind, x, bits, share, rows=None, name="lloyd_max"):
-    """Of ``quantize``; rows: scale, zero and weight of keys, else those of key_scales."""
-    scales = (rows or key_scales(x.shape[1], x.shape[3])) if kind == "key" else ()
+    """Of ``quantize``; rows: scale, zero and perhaps feedback of keys, else those of key_scales.
+    Values have feedback where keys have."""
+    scales = rows or key_scales(x.shape[1], x.shape[3])
+    if kind == "value":
+        scales = (None, None, *(feedback(costs(x.shape[1], x.shape[3])) for _ in scales[2:]))
     return kind, x, fixed(name, bits), bits, share, "llvm", *scales
 
 
@@ -69,7 +81,7 @@ def test_groups_of_keys_in_batches(group):
     check(random(3, 2, 192, 64), 4, 0.01, rows=key_scales(2, 64, 3, 192 // group))
 
 
-def test_keys_without_weights():
+def test_without_feedback():
     check(random(1, 3, 64, 64), 4, 0.01, rows=key_scales(3, 64)[:2])
 
 
@@ -79,8 +91,8 @@ def test_codebooks(name):
 
 
 def test_every_value_an_outlier():
-    scale, zero, weight = key_scales(2, 64)
-    check(random(1, 2, 32, 64), 2, 1.0, rows=(scale * 0, zero, weight))
+    scale, zero, fed = key_scales(2, 64)
+    check(random(1, 2, 32, 64), 2, 1.0, rows=(scale * 0, zero, fed))
 
 
 def test_errors_of_few_tokens():
@@ -92,17 +104,20 @@ def test_errors_of_few_tokens():
 def test_constant_channels():
     x = random(2, 3, 64, 64)
     x[:, 1, :, 5:40] = 0.25
-    scale, zero, weight = key_scales(3, 64)
+    scale, zero, fed = key_scales(3, 64)
     scale[:, 1, :, 5:40], zero[:, 1, :, 5:40] = 0, 0.25
     scale[:, 2, :, :3] = 0
-    check(x, 4, 0.01, rows=(scale, zero, weight))
+    check(x, 4, 0.01, rows=(scale, zero, fed))
 
 
 def test_constant_tokens():
     x = random(2, 3, 64, 64)
     x[:, :, 7] = -1.5
     x[1, :, 40] = 0
-    check(x, 4, 0.01)
+    check(x, 4, 0.01, rows=key_scales(3, 64)[:2])
+    made = quantize(*arguments("value", x, 4, 0.01))
+    body = Body(made, made, 2)
+    assert torch.equal(dequantize(body, "value")[:, :, 7], torch.full((2, 3, 64), -1.5))
 
 
 def test_of_equal_outliers_the_first_and_none_twice():

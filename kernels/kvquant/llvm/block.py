@@ -12,10 +12,9 @@ from typing import Any
 
 from tvm.script.ir_builder import tirx as T
 
+from regraft.kernels.kvquant.llvm.in_turn import FLOATS, LANES, TOKENS, Turns
 from regraft.kernels.kvquant.llvm.simd import (
     Expr,
-    Floats,
-    call,
     divided,
     fill,
     get,
@@ -25,11 +24,9 @@ from regraft.kernels.kvquant.llvm.simd import (
     opaque,
     put,
     store,
-    suffix,
+    unfused,
 )
 
-TOKENS, LANES = 32, 8
-FLOATS = Floats(LANES)
 HALF_MAX = 65504.0
 
 
@@ -42,7 +39,7 @@ class Shape:
     size: int
     bits: int
     count: int
-    weighted: bool
+    feedback: bool
 
     @property
     def width(self) -> int:
@@ -64,6 +61,9 @@ class Block:
         ]
         self.used = local((1,), "int64")
         put(self.used, T.int64(0), 0)
+        self.coded = local((TOKENS, shape.size), "int32")
+        if shape.feedback:
+            self.turns = Turns(self)
 
     def affine(self, buffer: Any, head: Expr, token: Expr, channel: Expr) -> Expr:
         """Scale, zero or divisor of a vector of channels of a token."""
@@ -77,6 +77,17 @@ class Block:
         centred = T.Bind(self.x(*at) - self.affine(self.zero, *at))
         return T.Bind(centred / self.affine(self.divisor, *at))
 
+    def code(self, head: Expr) -> None:
+        """Write the head's codes to ``coded``, [token, channel]."""
+        if self.shape.feedback:
+            return self.turns.code(head)
+        with loop(TOKENS) as token, loop(self.shape.size // LANES) as i:
+            codes = self.codes(self.normalised(head, token, i * LANES))
+            store(self.coded, codes, token, i * LANES, lanes=LANES)
+
+    def codes_of(self, token: Expr, channel: Expr) -> Expr:
+        return load(self.coded, token, channel, lanes=LANES)
+
     def codes(self, y: Expr) -> Expr:
         """int32: how many midpoints lie below normalised values."""
         below = (T.Cast(FLOATS.ints, FLOATS.of(midpoint) < y) for midpoint in self.midpoints)
@@ -84,15 +95,19 @@ class Block:
         store(total, sum(below, next(below)), 0, lanes=LANES)
         return load(total, 0, lanes=LANES)
 
-    def error(self, y: Expr, head: Expr, token: Expr, channel: Expr) -> Expr:
-        """Values less what their codes read as."""
-        at, level = (head, token, channel), local((LANES,))
+    def read(self, y: Expr) -> Expr:
+        """The levels of normalised values' codes."""
+        level = local((LANES,))
         value = FLOATS.of(self.levels[0])
         for midpoint, above in zip(self.midpoints, self.levels[1:], strict=True):
             value = T.Select(FLOATS.of(midpoint) < y, FLOATS.of(above), value)
         store(level, value, 0, lanes=LANES)
-        product = load(level, 0, lanes=LANES) * self.affine(self.scale, *at)
-        product = call(FLOATS.dtype, f"llvm.arithmetic.fence.{suffix(FLOATS.dtype)}", product)
+        return load(level, 0, lanes=LANES)
+
+    def error(self, y: Expr, head: Expr, token: Expr, channel: Expr) -> Expr:
+        """Values less what their codes read as."""
+        at = (head, token, channel)
+        product = unfused(self.read(y) * self.affine(self.scale, *at), LANES)
         return T.Bind(self.x(*at) - (product + self.affine(self.zero, *at)))
 
     def set_scale(self, i: Expr, scale: Expr, zero: Expr) -> None:
@@ -112,10 +127,24 @@ class Block:
 
     def write_outlier(self, head: Expr, token: Expr, channel: Expr) -> None:
         """The next entry; a residual of 0 needs none."""
-        lane, errors = T.Bind(T.bitwise_and(channel, T.int64(LANES - 1))), local((LANES,))
+        lane = T.Bind(T.bitwise_and(channel, T.int64(LANES - 1)))
         at = (head, token, T.Bind(channel - lane))
-        store(errors, self.error(self.normalised(*at), *at), 0, lanes=LANES)
-        clamped = T.min(get(errors, lane), T.float32(HALF_MAX))
+        scale, zero, x = local((LANES,)), local((LANES,)), local((LANES,))
+        for kept, vector in (
+            (scale, self.affine(self.scale, *at)),
+            (zero, self.affine(self.zero, *at)),
+            (x, self.x(*at)),
+        ):
+            store(kept, vector, 0, lanes=LANES)
+        scale, target = T.Bind(get(scale, lane)), T.Bind(get(x, lane))
+        if self.shape.feedback:
+            moved = unfused(self.turns.moved(token, channel) * scale)
+            target = T.Bind(target + moved)
+        code = T.Cast("int64", get(self.coded, token, channel))
+        read = unfused(T.Cast("float32", get(self.a.levels, code)) * self.a.unit)
+        product = unfused(read * scale)
+        residual = T.Bind(target - T.Bind(product + get(zero, lane)))
+        clamped = T.min(residual, T.float32(HALF_MAX))
         half = T.Cast("float16", T.max(clamped, T.float32(-HALF_MAX)))
         bits = T.Bind(T.Cast("int32", T.reinterpret("uint16", half)))
         with T.If(T.bitwise_and(bits, T.int32(0x7FFF)) != 0), T.Then():

@@ -11,6 +11,7 @@ from regraft.kernels.kvquant.llvm.block import FLOATS, LANES, TOKENS, Block, Sha
 from regraft.kernels.kvquant.llvm.largest import Candidates, count_of, kth
 from regraft.kernels.kvquant.llvm.simd import (
     Expr,
+    Registers,
     divided,
     fill,
     get,
@@ -36,71 +37,86 @@ class KeyBlock(Block):
         a, shape = self.a, self.shape
         row = opaque(T.min(self.b, a.scales - 1))
         group = divided(self.block, a.group)[0]
-        if shape.weighted:
+        if shape.feedback:
             self.weight = local((shape.width,))
         with loop(shape.heads) as head, loop(shape.size) as channel:
             flat = T.Bind(head * shape.size + channel)
             scale, zero = (get(part, row, head, group, channel) for part in (a.scale, a.zero))
             self.set_scale(flat, scale, zero)
-            if shape.weighted:
+            if shape.feedback:
                 weight = T.Cast("float32", get(a.weight, 0, head, 0, channel))
                 put(self.weight, weight, flat)
         if shape.count:
-            self.errors = local((shape.heads * TOKENS, shape.size))
-            self.tops = local((shape.heads * TOKENS * LANES,))
-            with loop(shape.heads * TOKENS) as i:
-                store(self.tops, FLOATS.of(0.0), i * LANES, lanes=LANES)
+            self._find_outliers()
         with loop(shape.heads) as head:
+            if shape.feedback:
+                self.turns.clear()
+            if shape.count:
+                self._choose_outliers(head)
+            self.code(head)
             self._write_codes(head)
+            if shape.count:
+                self._write_outliers(head)
         if shape.count:
-            self._write_outliers()
+            self.end_outliers()
 
-    def _write_outliers(self) -> None:
-        """Candidates reach what as many of the vectors' largest reach."""
+    def _find_outliers(self) -> None:
+        """Candidates by head: errors that reach what as many of the vectors' largest reach."""
         shape, most = self.shape, TOKENS * self.shape.count
-        ends = local((shape.heads + 1,), "int64")
-        found = Candidates(shape.width * TOKENS)
-        found.clear()
-        put(ends, T.int64(0), 0)
-        tops = shape.heads * TOKENS * LANES
-        floor = kth(self.tops, T.int64(tops), most) if most <= tops else T.float32(0)
+        errors = local((shape.heads * TOKENS, shape.size))
+        tops = local((shape.heads * TOKENS * LANES,))
+        with loop(shape.heads) as head, loop(TOKENS) as token:
+            row, top = T.Bind(head * TOKENS + token), Registers(1, "float32", LANES)
+            top[0] = FLOATS.of(0.0)
+            with loop(shape.size // LANES) as i:
+                error = self._cost(head, token, i * LANES)
+                store(errors, error, row, i * LANES, lanes=LANES)
+                top[0] = FLOATS.max(top[0], error)
+            store(tops, top[0], row * LANES, lanes=LANES)
+        self.ends, self.row = local((shape.heads + 1,), "int64"), local((most,), "int64")
+        self.length = local((1,), "int64")
+        self.found = Candidates(shape.width * TOKENS)
+        self.found.clear()
+        put(self.ends, T.int64(0), 0)
+        vectors = shape.heads * TOKENS * LANES
+        floor = kth(tops, T.int64(vectors), most) if most <= vectors else T.float32(0)
         floor = T.Bind(T.max(floor, T.float32(1e-45)))
         with loop(shape.heads) as head:
             with loop(TOKENS) as token, loop(shape.size // LANES) as i:
-                errors = load(self.errors, head * TOKENS + token, i * LANES, lanes=LANES)
-                found.add(errors, token * 256 + i * LANES, errors >= FLOATS.of(floor))
-            put(ends, found.count[0], head + 1)
-        length = found.pad(-1.0)
-        least = kth(found.values, length, most)
-        level = local((1,), "int32")
-        put(
-            level, T.int32(most) - count_of(found.values, length, lambda x: x > FLOATS.of(least)), 0
-        )
-        with loop(shape.heads) as head:
-            self.start_head(head)
-            with loop(opaque(get(ends, head + 1)), opaque(get(ends, head))) as i:
-                error, place = T.Bind(get(found.values, i)), T.Bind(get(found.places, i))
-                last = T.And(error == least, level[0] > T.int32(0))
-                with T.If(T.Or(error > least, last)), T.Then():
-                    put(level, level[0] - T.Cast("int32", error == least), 0)
-                    wide = T.Bind(T.Cast("int64", place))
-                    token = T.Bind(T.shift_right(wide, T.int64(8)))
-                    self.write_outlier(head, token, T.Bind(T.bitwise_and(wide, T.int64(255))))
-        self.end_outliers()
+                error = load(errors, head * TOKENS + token, i * LANES, lanes=LANES)
+                self.found.add(error, token * 256 + i * LANES, error >= FLOATS.of(floor))
+            put(self.ends, self.found.count[0], head + 1)
+        length = self.found.pad(-1.0)
+        self.least = kth(self.found.values, length, most)
+        self.level = local((1,), "int32")
+        above = count_of(self.found.values, length, lambda x: x > FLOATS.of(self.least))
+        put(self.level, T.int32(most) - above, 0)
 
-    def _coded(self, head: Expr, token: Expr, channel: Expr) -> Expr:
-        """Codes; keeps how much they err."""
+    def _cost(self, head: Expr, token: Expr, channel: Expr) -> Expr:
         at = (head, token, channel)
-        y = self.normalised(*at)
-        if self.shape.count:
-            error = FLOATS.abs(self.error(y, *at))
-            if self.shape.weighted:
-                error = T.Bind(error * self.affine(self.weight, *at))
-            row = T.Bind(head * TOKENS + token)
-            store(self.errors, error, row, channel, lanes=LANES)
-            top = FLOATS.max(load(self.tops, row * LANES, lanes=LANES), error)
-            store(self.tops, top, row * LANES, lanes=LANES)
-        return self.codes(y)
+        error = FLOATS.abs(self.error(self.normalised(*at), *at))
+        return T.Bind(error * self.affine(self.weight, *at)) if self.shape.feedback else error
+
+    def _choose_outliers(self, head: Expr) -> None:
+        """The head's candidates among the block's largest, in ``row``."""
+        put(self.length, T.int64(0), 0)
+        with loop(opaque(get(self.ends, head + 1)), opaque(get(self.ends, head))) as i:
+            error, place = T.Bind(get(self.found.values, i)), T.Bind(get(self.found.places, i))
+            last = T.And(error == self.least, self.level[0] > T.int32(0))
+            with T.If(T.Or(error > self.least, last)), T.Then():
+                put(self.level, self.level[0] - T.Cast("int32", error == self.least), 0)
+                put(self.row, T.Cast("int64", place), self.length[0])
+                put(self.length, self.length[0] + 1, 0)
+                if self.shape.feedback:
+                    self.turns.mark(*self._token_and_channel(T.Cast("int64", place)))
+
+    def _write_outliers(self, head: Expr) -> None:
+        self.start_head(head)
+        with loop(opaque(self.length[0])) as i:
+            self.write_outlier(head, *self._token_and_channel(T.Bind(get(self.row, i))))
+
+    def _token_and_channel(self, place: Expr) -> tuple[Expr, Expr]:
+        return T.Bind(T.shift_right(place, T.int64(8))), T.Bind(T.bitwise_and(place, T.int64(255)))
 
     def _write_codes(self, head: Expr) -> None:
         """Rows of one byte of each of 32 tokens; a byte holds pairs of channels D/2 apart."""
@@ -109,7 +125,7 @@ class KeyBlock(Block):
             words: list[Expr] = [None] * len(planes)
             for t in range(4):
                 token = T.Bind(quad * 4 + t)
-                low, high = (self._coded(head, token, i * LANES + side) for side in (0, half))
+                low, high = (self.codes_of(token, i * LANES + side) for side in (0, half))
                 for p, width in enumerate(planes):
                     first, second = (plane(codes, planes, p) for codes in (low, high))
                     pair = first + T.shift_left(second, fill(width, "int32", LANES))

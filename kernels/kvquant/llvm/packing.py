@@ -50,7 +50,9 @@ def _arguments(shape: Shape) -> Any:
     affine = (scales, heads, groups, size) if shape.kind == "key" else (batch, blocks, TOKENS)
     tensor("scale", affine, "float16")
     tensor("zero", affine, "float16")
-    if shape.weighted:
+    if shape.feedback:
+        tensor("matrix", (heads, size, size), "float32")
+    if shape.feedback and shape.kind == "key":
         tensor("weight", (1, heads, 1, size), "float16")
     if count:
         tensor("outliers", (batch, blocks, TOKENS * count), "int32")

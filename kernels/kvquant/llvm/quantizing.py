@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from regraft.kernels.compiled import LEVELS, KernelError, cpu_level, kernel
+from regraft.kernels.kvquant.feedback import Feedback
 from regraft.kernels.kvquant.layout import BLOCK
 from regraft.kernels.kvquant.reference import Levels, Packed, cap
 
@@ -25,7 +26,7 @@ def quantize(
     layout: str,
     scale: Tensor | None = None,
     zero: Tensor | None = None,
-    weight: Tensor | None = None,
+    feedback: Feedback | None = None,
     level: str | None = None,
 ) -> Packed:
     """The reference's ``quantize``, bit for bit, except which of equal outliers are taken.
@@ -37,8 +38,7 @@ def quantize(
     """
     batch, heads, length, size = x.shape
     blocks, count = length // BLOCK, cap(share, heads * size)
-    weight = weight if kind == "key" and count else None
-    shape = (kind, heads, size, bits, count, weight is not None)
+    shape = (kind, heads, size, bits, count, feedback is not None)
     function = _kernel(level or cpu_level(), layout, *shape)
     x = x.float()
     x = x if x.stride(3) == 1 else x.contiguous()
@@ -52,22 +52,24 @@ def quantize(
     if count:
         outliers = torch.empty(batch, blocks, BLOCK * count, dtype=torch.int32)
         offsets = torch.empty(batch, blocks, heads + 1, dtype=torch.int32)
-    rest = (part for part in (weight, outliers, offsets) if part is not None)
-    function(x, codes, book.midpoints, book.levels, book.unit, *group, scale, zero, *rest)
+    fed = () if feedback is None else (feedback.matrix, feedback.weight)[: 1 + (kind == "key")]
+    kept = () if outliers is None else (outliers, offsets)
+    book_ = (book.midpoints, book.levels, book.unit)
+    function(x, codes, *book_, *group, scale, zero, *fed, *kept)
     numbers = (codes, scale, zero, book.levels, book.unit, outliers, offsets)
     return Packed(kind, bits, size, layout, *numbers)
 
 
 @cache
 def _kernel(
-    level: str, layout: str, kind: str, heads: int, size: int, bits: int, count: int, weighted: bool
+    level: str, layout: str, kind: str, heads: int, size: int, bits: int, count: int, feedback: bool
 ) -> Any:
     if (
         layout != "llvm" or size % 16 or size > 256 or heads * size > WIDEST
         or bits not in (2, 3, 4)
     ):  # fmt: skip
         raise KernelError(f"no CPU kernel codes {heads} heads of {size} in {bits} bits, {layout}")
-    key = (kind, heads, size, bits, count, weighted)
+    key = (kind, heads, size, bits, count, feedback)
 
     def make() -> Any:
         from regraft.kernels.kvquant.llvm.block import Shape

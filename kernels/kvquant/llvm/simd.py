@@ -111,6 +111,12 @@ def call(dtype: str, name: str, *args: Expr) -> Expr:
     return T.Bind(T.call_llvm_pure_intrin(dtype, name, *args))
 
 
+def unfused(product: Expr, lanes: int = 1) -> Expr:
+    """A float32 product that is rounded before it is added to anything."""
+    dtype, name = (f"float32x{lanes}", f"v{lanes}f32") if lanes > 1 else ("float32", "f32")
+    return call(dtype, f"llvm.arithmetic.fence.{name}", product)
+
+
 def suffix(dtype: str) -> str:
     """float32x8 -> v8f32, LLVM's name of it."""
     kind, lanes = dtype.split("x")

@@ -25,12 +25,20 @@ class ValueBlock(Block):
     def run(self) -> None:
         if self.shape.count:
             self.chosen = local((TOKENS, self.shape.count + 1), "int32")
-            self.cursor, self.candidates = local((TOKENS,), "int64"), Candidates(self.shape.width)
+            self.cursor, self.before = (local((TOKENS,), "int64") for _ in range(2))
+            self.candidates = Candidates(self.shape.width)
         self._choose_all()
         with loop(self.shape.heads) as head:
+            if self.shape.feedback:
+                self.turns.clear()
+                if self.shape.count:
+                    self._mark(head)
+            self.code(head)
             self._write_codes(head)
+            if self.shape.count:
+                self._write_outliers(head)
         if self.shape.count:
-            self._write_outliers()
+            self.end_outliers()
 
     def _choose_all(self) -> None:
         """Scale and zero, and each token's row of ``chosen``."""
@@ -90,18 +98,27 @@ class ValueBlock(Block):
         put(self.chosen, T.int32(self.shape.width), token, length[0])
         put(self.cursor, T.int64(0), token)
 
-    def _write_outliers(self) -> None:
+    def _mark(self, head: Expr) -> None:
+        """The head's outliers leave no error; they will be visited once more."""
+        self._each_outlier(head, self.turns.mark)
+        with loop(TOKENS) as token:
+            put(self.cursor, get(self.before, token), token)
+
+    def _write_outliers(self, head: Expr) -> None:
+        self.start_head(head)
+        self._each_outlier(head, lambda *at: self.write_outlier(head, *at))
+
+    def _each_outlier(self, head: Expr, visit: Callable[[Expr, Expr], None]) -> None:
+        """visit(token, channel) of those of a head, the first not seen so far."""
         size, cursor = self.shape.size, self.cursor
-        with loop(self.shape.heads) as head:
-            self.start_head(head)
-            end = T.Bind(T.Cast("int32", (head + 1) * size))
-            with loop(TOKENS) as token:
-                with T.While(get(self.chosen, token, get(cursor, token)) < end):
-                    flat = T.Cast("int64", get(self.chosen, token, get(cursor, token)))
-                    channel = T.Bind(flat - head * size)
-                    put(cursor, get(cursor, token) + 1, token)
-                    self.write_outlier(head, token, channel)
-        self.end_outliers()
+        end = T.Bind(T.Cast("int32", (head + 1) * size))
+        with loop(TOKENS) as token:
+            put(self.before, get(cursor, token), token)
+            with T.While(get(self.chosen, token, get(cursor, token)) < end):
+                flat = T.Cast("int64", get(self.chosen, token, get(cursor, token)))
+                channel = T.Bind(flat - head * size)
+                put(cursor, get(cursor, token) + 1, token)
+                visit(token, channel)
 
     def _floors(self, token: Expr, high: int, low: int) -> tuple[Expr, Expr]:
         """What the high-th largest values and the low-th largest of -x at least are."""
@@ -137,7 +154,7 @@ class ValueBlock(Block):
                 words[0] = fill(0, "int32", LANES)
                 with loop(per) as t:
                     token = T.Bind(group * per + t)
-                    codes = self.codes(self.normalised(head, token, channel))
+                    codes = self.codes_of(token, channel)
                     for p, width in enumerate(planes):
                         place = T.Cast("int32", token if p else t)
                         pair = T.shift_right(place, T.int32(1)) * width
