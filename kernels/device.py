@@ -94,7 +94,6 @@ FUNCTIONS: dict[str, tuple[str, str, str]] = {
         ': "=f"(d) : "r"(a)); return d;',
     ),
     "float_bf16": (FLOAT, "unsigned a", "return __uint_as_float(a << 16);"),
-    "round": ("int", "float x", "return __float2int_rn(x);"),
     "exp2": (
         FLOAT,
         "float x",
@@ -109,6 +108,8 @@ FUNCTIONS: dict[str, tuple[str, str, str]] = {
     "as_float": (FLOAT, "unsigned x", "return __uint_as_float(x);"),
     "as_word": (WORD, "float x", "return __float_as_uint(x);"),
     "any": ("int", "int x", "return __any_sync(~0u, x);"),
+    "ballot": (WORD, "int x", "return __ballot_sync(~0u, x);"),
+    "highest": ("int", "unsigned x", "return 31 - __clz(x);"),
     "across": (FLOAT, "float x, int mask", "return __shfl_xor_sync(~0u, x, mask);"),
     "from_lane": (FLOAT, "float x, int lane", "return __shfl_sync(~0u, x, lane);"),
     "int_from_lane": ("int", "int x, int lane", "return __shfl_sync(~0u, x, lane);"),
@@ -130,7 +131,6 @@ FUNCTIONS: dict[str, tuple[str, str, str]] = {
         'asm volatile("bar.sync %0, %1;" :: "r"(name), "r"(count) : "memory");',
     ),
     "sync_warp": ("void", "", "__syncwarp();"),
-    "atomic_add": ("void", "void* d, int x", "atomicAdd((int*)d, x);"),
 }
 
 

@@ -197,9 +197,6 @@ class Attend(Outliers):
         self.entries = {kind: registers(2, "int32") for kind in ("key", "value")}
         self.range = {kind: registers(2, "int32") for kind in ("key", "value")}
         self.token = registers(2, "uint32")
-        self.fraction = registers(2)
-        store(self.fraction, 0, T.float32(2.0**100))
-        store(self.fraction, 1, T.float32(2.0**-100))
         self.place = registers(3, "int32")  # group of the scales, offsets of this and next block
         store(self.place, 0, T.int32(-1))
         with T.If(turns > 0), T.Then():
@@ -236,7 +233,9 @@ class Attend(Outliers):
         self._key_scale(block)
         if case.key_outliers:
             self._key_outliers(stage, block)
-        flash.clear()
+            self._begin_scores()
+        else:
+            flash.clear()
         self._scores(stage)
         following = let(T.min(wanted + layout.blocks, high - 1))
         self._load_offsets(following, 2)
@@ -267,7 +266,7 @@ class Attend(Outliers):
                 operand = [self._look_up("value", self.values, place) for place in places]
                 flash.add_values("float16", part, step, operand)
         if case.value_outliers:
-            self._value_outliers(block, turn)
+            self._value_outliers(block)
 
     def _bounds(self) -> tuple[Expr, Expr]:
         """The lowest and highest of the first tokens that the queries see."""

@@ -19,11 +19,8 @@ from regraft.kernels.device import (
     wide,
 )
 from regraft.kernels.kvquant.cuda.codes import Codes
-from regraft.kernels.kvquant.cuda.plan import STAGES, TILE_ROW
+from regraft.kernels.kvquant.cuda.plan import STAGES
 from regraft.kernels.kvquant.layout import BLOCK
-
-FRACTION = 2.0**12
-"""Outliers' parts of the scores are added up as integers with this many fractions."""
 
 
 class Keys(Codes):
@@ -66,9 +63,7 @@ class Keys(Codes):
                 unit = a.scale * T.float32(1.0 if case.softcap else LOG2E)
                 store(self.row_scale, tile * 2 + e, call("from_lane", norm, lane) * unit)
             self._share_fragments(tile, steps)
-            if case.key_outliers:
-                self._share_query(tile, steps)
-        count = case.row_stride * self.layout.sums if case.value_outliers else 0
+        count = case.row_stride * case.value_size if case.value_outliers else 0
         for start in range(0, count, 32):
             place = self.own + self.layout.extra + (start + warp.lane) * 4
             with T.If(start + warp.lane < count), T.Then():
@@ -78,27 +73,18 @@ class Keys(Codes):
         return call(f"float_{BITS[self.case.dtype]}", word >> T.uint32(16) if e else word)
 
     def _share_fragments(self, tile: int, steps: int) -> None:
-        """Keep the operands out of the registers, [tile, step, row, q], two words each."""
-        rows = min(8, self.case.row_stride)
-        with T.If(self.warp.g < rows), T.Then():
+        """Keep the operands out of the registers: two words of a row and of two pairs."""
+        with T.If(self.warp.g < min(8, self.case.row_stride)), T.Then():
             for step in range(steps):
                 pair = [self.query[(tile * steps + step) * 2 + i] for i in range(2)]
-                place = self.own + self.layout.fragment + (tile * steps + step) * rows * 32
-                place = place + self.warp.g * 32 + self.warp.q * 8
+                place = self._fragment(tile, step * 4 + self.warp.q, self.warp.g)
                 call("write8", address(self.shared, place), *pair)
 
-    def _share_query(self, tile: int, steps: int) -> None:
-        """Lay out queries for outliers: of a pair of channels both elements, row by row."""
-        case, warp = self.case, self.warp
-        own = let(8 * tile + warp.g)
-        with T.If(own < case.row_stride), T.Then():
-            for step in range(steps):
-                first, second = (self.query[(tile * steps + step) * 2 + i] for i in range(2))
-                for e in range(2):
-                    pair = step * 8 + 2 * warp.q + e
-                    place = self.own + self.layout.query + (pair * case.row_stride + own) * 4
-                    both = call("permute", first, second, T.uint32(0x7632 if e else 0x5410))
-                    call("write4", address(self.shared, place), both)
+    def _fragment(self, tile: int, couple: Expr, row: Expr) -> Expr:
+        """Where the operands of channels 2 * couple and D/2 + 2 * couple lie, 8 bytes a row."""
+        rows = min(8, self.case.row_stride)
+        place = (tile * (self.case.size // 4) + couple) * rows + row
+        return self.own + self.layout.fragment + place * 8
 
     def _prepare_stages(self, low: Expr) -> None:
         """Where this thread's pieces of a block's rotations come from and go to."""
@@ -165,7 +151,7 @@ class Keys(Codes):
         turn = registers(2, "uint32")
         row = let(stage + warp.g * layout.row + warp.q * 8)
         rows = min(8, case.row_stride)
-        fragment = let(self.own + layout.fragment + warp.g % rows * 32 + warp.q * 8)
+        fragment = let(self._fragment(0, warp.q, warp.g % rows))
         query = registers(2 * case.tiles, "uint32")
         for step in range(case.size // 16):
             place = self.own + (step * 4 + warp.q) * 16
@@ -194,17 +180,25 @@ class Keys(Codes):
                 words = [operand[h][2 * half + i] for h in range(2) for i in range(2)]
                 self.flash.add_scores("float16", half, words, query, 0)
 
-    def _finish_score(self, tile: int, i: int, e: int) -> None:
-        """Add the outliers' part, scale, cap; to units of log 2."""
+    def _begin_scores(self) -> None:
+        """Set the scores to the outliers' part."""
         case, warp, flash = self.case, self.warp, self.flash
+        words = registers(2, "uint32")
+        for tile in range(case.tiles):
+            row = let((8 * tile + 2 * warp.q) % case.row_stride)
+            for i in range(4):
+                place = (row // 4 * BLOCK + 8 * i + warp.g) * 16 + row % 4 * 4
+                place = self.own + self.layout.tile + place
+                call("copy8", address(words, 0), address(self.shared, place))
+                for e in range(2):
+                    low, high = words[e], words[e] >> T.uint32(16)
+                    score = call("float_f16", low) + call("float_f16", high)
+                    store(flash.scores, tile * 8 + i * 2 + e, score)
+
+    def _finish_score(self, tile: int, i: int, e: int) -> None:
+        """Scale, cap; to units of log 2."""
         at = tile * 8 + i * 2 + e
-        score = flash.scores[at]
-        if case.key_outliers:
-            row = (8 * tile + 2 * warp.q) % case.row_stride + e
-            place = self.own + self.layout.tile + (row * TILE_ROW + 8 * i + warp.g) * 4
-            word = T.reinterpret("int32", call("read4", address(self.shared, place)))
-            score = score + T.cast(word, "float32") * T.float32(1 / FRACTION)
-        score = score * self.row_scale[tile * 2 + e]
-        if case.softcap:
+        score = self.flash.scores[at] * self.row_scale[tile * 2 + e]
+        if self.case.softcap:
             score = self._capped(score) * T.float32(LOG2E)
-        store(flash.scores, at, score)
+        store(self.flash.scores, at, score)

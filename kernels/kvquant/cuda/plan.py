@@ -8,8 +8,6 @@ from regraft.kernels.compiled import KernelError
 from regraft.kernels.kvquant.layout import BLOCK
 
 STAGES = 3
-TILE_ROW = 40
-"""Words of a row of the tile of 32 tokens, so that rows 2 * q of 8 tokens lie in other banks."""
 BARRIERS = 15
 """Those that a block of threads has besides the one of all its threads."""
 RESERVED = 1024
@@ -72,12 +70,10 @@ class Layout:
         stages = RESERVED + self.blocks * STAGES * self.stage
         self.own = -(-stages // self.table) * self.table + self.table
         self.fragment = 4 * case.size
-        self.query = self.fragment + 2 * case.size * case.tiles * min(8, rows)
-        self.tile = self.query + (2 * case.size * rows if case.key_outliers else 0)
+        self.tile = self.fragment + 2 * case.size * case.tiles * min(8, rows)
         either = case.key_outliers or case.value_outliers
-        self.extra = self.tile + (4 * TILE_ROW * rows if either else 0)
-        self.sums = case.value_size + 4
-        self.each = self.extra + (4 * self.sums * rows if case.value_outliers else 0)
+        self.extra = self.tile + (4 * BLOCK * rows if either else 0)
+        self.each = self.extra + (4 * case.value_size * rows if case.value_outliers else 0)
         self.bytes = self.own + self.warps * self.each
 
     @property
