@@ -43,14 +43,6 @@ FUNCTIONS: dict[str, tuple[str, str, str]] = {
         "void* d, unsigned x, unsigned y, unsigned z, unsigned w",
         "*(uint4*)d = make_uint4(x, y, z, w);",
     ),
-    "async16": (
-        "void",
-        "void* d, const void* s",
-        'asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" '
-        ':: "r"((unsigned)__cvta_generic_to_shared(d)), "l"(s) : "memory");',
-    ),
-    "async_commit": ("void", "", 'asm volatile("cp.async.commit_group;" ::: "memory");'),
-    "async_wait": ("void", "", 'asm volatile("cp.async.wait_group 1;" ::: "memory");'),
     "permute": (WORD, "unsigned a, unsigned b, unsigned s", "return __byte_perm(a, b, s);"),
     "fma2": (
         WORD,
@@ -62,6 +54,11 @@ FUNCTIONS: dict[str, tuple[str, str, str]] = {
         WORD,
         "unsigned a, unsigned b",
         'unsigned d; asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b)); return d;',
+    ),
+    "sub2": (
+        WORD,
+        "unsigned a, unsigned b",
+        'unsigned d; asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b)); return d;',
     ),
     "fnma2": (
         WORD,

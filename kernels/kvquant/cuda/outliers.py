@@ -109,7 +109,7 @@ class Outliers(Keys):
         begin = call("highest", begins & T.uint32(0xFFFFFFFF) >> T.cast(31 - lane, "uint32"))
         return let(T.if_then_else(used, lane - begin, -1))
 
-    def _key_outliers(self, stage: Expr, block: Expr) -> None:
+    def _key_outliers(self, block: Expr) -> None:
         """Add the outliers' products with the queries into the warp's tile: of a token and a row
         those with the first and the second element of a pair, float16."""
         case, warp, layout = self.case, self.warp, self.layout
@@ -128,7 +128,7 @@ class Outliers(Keys):
             odd = let(T.cast(pair % 2, "uint32"))
             residual = T.reinterpret("uint32", entry)
             if case.rotated:
-                at = let(stage + token * layout.row + pair // 2 * 8)
+                at = let(self.angles + token * layout.row + pair // 2 * 8)
                 call("copy8", address(words, 0), address(self.shared, at))
                 # (cos, sin), or (-sin, cos) for the second channel of a pair
                 order = T.if_then_else(second > 0, T.uint32(0x1054), T.uint32(0x5410))
@@ -141,8 +141,8 @@ class Outliers(Keys):
                 factor = call("permute", residual, T.uint32(0), order)
             for start in range(0, case.row_stride, 4):
                 for half in range(2):
-                    place = self._fragment(start // 8, pair // 2, start % 8 + 2 * half)
-                    call("copy16", address(words, half * 4), address(self.shared, place))
+                    place = layout.fragment + self._fragment(start + 2 * half, pair // 2)
+                    call("copy16", address(words, half * 4), address(self.shared, self.own + place))
                 both = T.uint32(0x5410) + odd * T.uint32(0x2222)
                 query = [call("permute", words[2 * i], words[2 * i + 1], both) for i in range(4)]
                 place = let(tile + (start * BLOCK + token * 4) * 4)
