@@ -226,17 +226,13 @@ class Keys(Codes):
     def _begin_scores(self) -> None:
         """Set the scores to the outliers' part."""
         case, warp, flash = self.case, self.warp, self.flash
-        words = registers(2, "uint32")
         for tile in range(case.tiles):
             row = let((8 * tile + 2 * warp.q) % case.row_stride)
             for i in range(4):
                 place = (row // 4 * BLOCK + 8 * i + warp.g) * 16 + row % 4 * 4
                 place = self.own + self.layout.tile + place
-                call("copy8", address(words, 0), address(self.shared, place))
-                for e in range(2):
-                    low, high = words[e], words[e] >> T.uint32(16)
-                    score = call("float_f16", low) + call("float_f16", high)
-                    store(flash.scores, tile * 8 + i * 2 + e, score)
+                scores = address(flash.scores, tile * 8 + i * 2)
+                call("copy8", scores, address(self.shared, place))
 
     def _finish_score(self, tile: int, i: int, e: int) -> None:
         """Scale, cap; to units of log 2."""

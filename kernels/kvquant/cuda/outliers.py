@@ -60,7 +60,8 @@ class Outliers(Keys):
 
     def _entry_base(self, kind: str, block: Expr) -> Expr:
         places = self.a.key_places if kind == "key" else self.a.value_places
-        return let(wide(self.batch * self.a.capacity + block) * wide(places))
+        row = T.cast(self.batch * self.a.capacity + block, "uint32")
+        return let(wide(row) * wide(T.cast(places, "uint32")))
 
     def _load_entry(self, kind: str, turn: int, base: Expr, at: Expr, high: Expr) -> None:
         store(self.entries[kind], turn, T.int32(0))
@@ -100,6 +101,19 @@ class Outliers(Keys):
 
             use(entry, in_turns)
 
+    def _adding(self, place: Expr, part: list[Expr]) -> Callable[[], None]:
+        """What adds four numbers to those at a place of the shared memory."""
+        place = let(place)
+        sums = registers(4)
+
+        def add() -> None:
+            call("copy16", address(sums, 0), address(self.shared, place))
+            for i in range(4):
+                store(sums, i, sums[i] + part[i])
+            call("copy16", address(self.shared, place), address(sums, 0))
+
+        return add
+
     def _rank(self, place: Expr, used: Expr) -> Expr:
         """How many lanes just before this one have the same place; -1 for one that is not used."""
         lane = self.warp.lane
@@ -110,8 +124,8 @@ class Outliers(Keys):
         return let(T.if_then_else(used, lane - begin, -1))
 
     def _key_outliers(self, block: Expr) -> None:
-        """Add the outliers' products with the queries into the warp's tile: of a token and a row
-        those with the first and the second element of a pair, float16."""
+        """Add the outliers' products with the queries into the warp's tile, [four rows, token,
+        row]."""
         case, warp, layout = self.case, self.warp, self.layout
         tile = let(self.own + layout.tile)
         for start in range(0, case.row_stride, 4):
@@ -119,7 +133,6 @@ class Outliers(Keys):
             call("write16", address(self.shared, place), *[T.uint32(0)] * 4)
         call("sync_warp")
         words = registers(8, "uint32")
-        sums = registers(4, "uint32")
 
         def use(entry: Expr, in_turns: Callable[..., None]) -> None:
             token, channel = let(entry >> 24), let(entry >> 16 & 255)
@@ -139,20 +152,18 @@ class Outliers(Keys):
             else:
                 order = T.if_then_else(second > 0, T.uint32(0x1044), T.uint32(0x4410))
                 factor = call("permute", residual, T.uint32(0), order)
+            factors = [call("permute", factor, factor, T.uint32(x)) for x in (0x1010, 0x3232)]
+            both = let(T.uint32(0x5410) + odd * T.uint32(0x2222))
             for start in range(0, case.row_stride, 4):
                 for half in range(2):
                     place = layout.fragment + self._fragment(start + 2 * half, pair // 2)
                     call("copy16", address(words, half * 4), address(self.shared, self.own + place))
-                both = T.uint32(0x5410) + odd * T.uint32(0x2222)
-                query = [call("permute", words[2 * i], words[2 * i + 1], both) for i in range(4)]
-                place = let(tile + (start * BLOCK + token * 4) * 4)
-
-                def add(query: list[Expr] = query, place: Expr = place) -> None:
-                    call("copy16", address(sums, 0), address(self.shared, place))
-                    new = [call("fma2", query[i], factor, sums[i]) for i in range(4)]
-                    call("write16", address(self.shared, place), *new)
-
-                in_turns(add)
+                part: list[Expr] = []
+                for i in (0, 4):
+                    x, y = (call("permute", words[i + j], words[i + 2 + j], both) for j in range(2))
+                    sum_ = call("fma2", y, factors[1], call("mul2", x, factors[0]))
+                    part += call("float_f16", sum_), call("float_f16", sum_ >> T.uint32(16))
+                in_turns(self._adding(tile + (start * BLOCK + token * 4) * 4, part))
 
         self._each_entry("key", block, use)
         call("sync_warp")
@@ -171,7 +182,6 @@ class Outliers(Keys):
                     call("write8", address(self.shared, tile + place), *pair)
         call("sync_warp")
         words = registers(4, "uint32")
-        sums = registers(4, "uint32")
 
         def use(entry: Expr, in_turns: Callable[..., None]) -> None:
             token, channel = let(entry >> 24), let(entry >> 16 & 255)
@@ -180,15 +190,8 @@ class Outliers(Keys):
                 place = tile + (start * BLOCK + token * 4) * 4
                 call("copy16", address(words, 0), address(self.shared, place))
                 part = [let(call("as_float", words[i]) * value) for i in range(4)]
-                place = let(self.own + layout.extra + (start * case.value_size + channel * 4) * 4)
-
-                def add(part: list[Expr] = part, place: Expr = place) -> None:
-                    call("copy16", address(sums, 0), address(self.shared, place))
-                    new = [call("as_float", sums[i]) + part[i] for i in range(4)]
-                    new = [call("as_word", x) for x in new]
-                    call("write16", address(self.shared, place), *new)
-
-                in_turns(add)
+                place = self.own + layout.extra + (start * case.value_size + channel * 4) * 4
+                in_turns(self._adding(place, part))
 
         self._each_entry("value", block, use)
 
