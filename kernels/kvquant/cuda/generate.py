@@ -184,15 +184,13 @@ class Attend(Outliers):
 
     def _body(self) -> None:
         a, case, layout = self.a, self.case, self.layout
-        self._levels()
-        self._query()
+        self._load_levels()
         nearest, furthest = self._bounds()
         total = a.blocks
         begin = let(T.min(nearest // BLOCK, total))
         low = let(begin + (total - begin) * self.split // a.splits)
         high = let(begin + (total - begin) * (self.split + 1) // a.splits)
         turns = let((high - low + layout.blocks - 1) // layout.blocks)
-        T.evaluate(T.tvm_storage_sync("shared"))
         self.keys = registers(self._words("key"), "uint32")
         self.values = registers(self._words("value"), "uint32")
         self.entries = {kind: registers(2, "int32") for kind in ("key", "value")}
@@ -206,6 +204,9 @@ class Attend(Outliers):
             block = let(T.min(low + self.sub, high - 1))
             self._load_offsets(block, 1)
             self._load_ahead(block)
+        self._query()
+        self._share_levels()
+        T.evaluate(T.tvm_storage_sync("shared"))
         counter = registers(1, "int32")
         store(counter, 0, T.int32(0))
         # no For: TVM would hoist conditions out of it by copying its body, and refuse the copy
@@ -279,11 +280,11 @@ class Attend(Outliers):
         self._load_codes("key", self.keys, block)
         if case.rotated:
             self._load_rotations(block)
-        if case.key_outliers:
-            self._load_entries("key", block)
         at = let(wide((self.batch * a.capacity + block) * BLOCK + self.warp.lane))
         store(self.token, 0, call("load2", address(a.value_scale, at)))
         store(self.token, 1, call("load2", address(a.value_zero, at)))
+        if case.key_outliers:
+            self._load_entries("key", block)
 
     def _value_scale(self) -> tuple[Expr, Expr]:
         return call("float_f16", self.token[0]), call("float_f16", self.token[1])
