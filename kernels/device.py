@@ -43,7 +43,11 @@ FUNCTIONS: dict[str, tuple[str, str, str]] = {
         "void* d, unsigned x, unsigned y, unsigned z, unsigned w",
         "*(uint4*)d = make_uint4(x, y, z, w);",
     ),
-    "permute": (WORD, "unsigned a, unsigned b, unsigned s", "return __byte_perm(a, b, s);"),
+    "permute": (
+        WORD,
+        "unsigned a, unsigned b, unsigned s",
+        'unsigned d; asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(s)); return d;',
+    ),
     "fma2": (
         WORD,
         "unsigned a, unsigned b, unsigned c",
@@ -106,7 +110,11 @@ FUNCTIONS: dict[str, tuple[str, str, str]] = {
     "as_word": (WORD, "float x", "return __float_as_uint(x);"),
     "any": ("int", "int x", "return __any_sync(~0u, x);"),
     "ballot": (WORD, "int x", "return __ballot_sync(~0u, x);"),
-    "highest": ("int", "unsigned x", "return 31 - __clz(x);"),
+    "highest": (
+        "int",
+        "unsigned x",
+        'int d; asm("bfind.u32 %0, %1;" : "=r"(d) : "r"(x)); return d;',
+    ),
     "across": (FLOAT, "float x, int mask", "return __shfl_xor_sync(~0u, x, mask);"),
     "from_lane": (FLOAT, "float x, int lane", "return __shfl_sync(~0u, x, lane);"),
     "int_from_lane": ("int", "int x, int lane", "return __shfl_sync(~0u, x, lane);"),
@@ -167,6 +175,11 @@ def let(value: Expr) -> Expr:
 
 def wide(value: Expr) -> Expr:
     return T.cast(value, "int64")
+
+
+def wide_row(row: Expr) -> Expr:
+    """The number of a row, not negative: one instruction multiplies it by another to 64 bits."""
+    return wide(T.cast(row, "uint32"))
 
 
 def vector(name: str, dtype: str) -> Any:

@@ -16,6 +16,7 @@ from regraft.kernels.device import (
     registers,
     store,
     wide,
+    wide_row,
 )
 from regraft.kernels.kvquant.cuda.plan import Case, Layout
 from regraft.kernels.kvquant.layout import BLOCK, PLANES, load_bytes
@@ -88,7 +89,7 @@ class Codes:
 
     def _load_codes(self, kind: str, words: Any, block: Expr) -> None:
         bits, size = getattr(self.case, f"{kind}_bits"), self._size(kind)
-        base = let(wide(self.line * self.a.capacity + block) * (BLOCK * size * bits // 8))
+        base = let(wide_row(self.line * self.a.capacity + block) * (BLOCK * size * bits // 8))
         start = place = 0
         for width in PLANES[bits]:
             each = size * width // 8

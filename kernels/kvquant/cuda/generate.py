@@ -34,6 +34,7 @@ from regraft.kernels.device import (
     store,
     vector,
     wide,
+    wide_row,
 )
 from regraft.kernels.kvquant.cuda.outliers import Outliers
 from regraft.kernels.kvquant.cuda.plan import Case, Layout
@@ -280,7 +281,7 @@ class Attend(Outliers):
         self._load_codes("key", self.keys, block)
         if case.rotated:
             self._load_rotations(block)
-        at = let(wide((self.batch * a.capacity + block) * BLOCK + self.warp.lane))
+        at = let(wide_row(self.batch * a.capacity + block) * BLOCK + wide(self.warp.lane))
         store(self.token, 0, call("load2", address(a.value_scale, at)))
         store(self.token, 1, call("load2", address(a.value_zero, at)))
         if case.key_outliers:

@@ -17,6 +17,7 @@ from regraft.kernels.device import (
     store,
     warp_max,
     wide,
+    wide_row,
 )
 from regraft.kernels.kvquant.cuda.codes import Codes
 from regraft.kernels.kvquant.layout import BLOCK
@@ -99,8 +100,8 @@ class Keys(Codes):
 
     def _rotation(self, block: Expr, token: Any, couple: Expr) -> Expr:
         a, size = self.a, self.case.size
-        row = wide(self.batch * a.table_batch * a.table_capacity + block) * BLOCK + wide(token)
-        return address(a.table, row * size + wide(couple * 4))
+        row = wide_row(self.batch * a.table_batch * a.table_capacity + block) * (BLOCK * size)
+        return address(a.table, row + wide(token * size + couple * 4))
 
     def _rotate(self, block: Expr, turn: Expr) -> None:
         """Turn the queries to the block's last token.

@@ -19,6 +19,7 @@ from regraft.kernels.device import (
     registers,
     store,
     wide,
+    wide_row,
 )
 from regraft.kernels.kvquant.cuda.keys import Keys
 from regraft.kernels.kvquant.layout import BLOCK
@@ -60,8 +61,7 @@ class Outliers(Keys):
 
     def _entry_base(self, kind: str, block: Expr) -> Expr:
         places = self.a.key_places if kind == "key" else self.a.value_places
-        row = T.cast(self.batch * self.a.capacity + block, "uint32")
-        return let(wide(row) * wide(T.cast(places, "uint32")))
+        return let(wide_row(self.batch * self.a.capacity + block) * wide_row(places))
 
     def _load_entry(self, kind: str, turn: int, base: Expr, at: Expr, high: Expr) -> None:
         store(self.entries[kind], turn, T.int32(0))
