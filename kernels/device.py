@@ -110,10 +110,10 @@ FUNCTIONS: dict[str, tuple[str, str, str]] = {
     "as_word": (WORD, "float x", "return __float_as_uint(x);"),
     "any": ("int", "int x", "return __any_sync(~0u, x);"),
     "ballot": (WORD, "int x", "return __ballot_sync(~0u, x);"),
-    "highest": (
+    "leading_zeros": (
         "int",
         "unsigned x",
-        'int d; asm("bfind.u32 %0, %1;" : "=r"(d) : "r"(x)); return d;',
+        'int d; asm("bfind.shiftamt.u32 %0, %1;" : "=r"(d) : "r"(x)); return d;',
     ),
     "across": (FLOAT, "float x, int mask", "return __shfl_xor_sync(~0u, x, mask);"),
     "from_lane": (FLOAT, "float x, int lane", "return __shfl_sync(~0u, x, lane);"),

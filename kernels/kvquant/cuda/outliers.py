@@ -49,52 +49,57 @@ class Outliers(Keys):
         )
 
     def _load_entries(self, kind: str, block: Expr) -> None:
-        """Load the first 64 entries of the block and head, two a lane."""
+        """Load the first two entries that a lane uses of the block and head."""
         if not getattr(self.case, f"{kind}_outliers"):
             return
         low, high = self._slice(kind, 2 if kind == "key" else 1)
         store(self.range[kind], 0, low)
         store(self.range[kind], 1, high)
+        count = let((high - low + 31) // 32)
+        own = let(low + self.warp.lane * count)
         base = self._entry_base(kind, block)
         for turn in range(2):
-            self._load_entry(kind, turn, base, low + turn * 32 + self.warp.lane, high)
+            store(self.entries[kind], turn, T.int32(0))
+            used = T.And(turn < count, own + turn < high) if turn else own < high
+            with T.If(used), T.Then():
+                self._load_entry(kind, turn, base, own + turn)
 
     def _entry_base(self, kind: str, block: Expr) -> Expr:
         places = self.a.key_places if kind == "key" else self.a.value_places
         return let(wide_row(self.batch * self.a.capacity + block) * wide_row(places))
 
-    def _load_entry(self, kind: str, turn: int, base: Expr, at: Expr, high: Expr) -> None:
-        store(self.entries[kind], turn, T.int32(0))
-        with T.If(at < high), T.Then():
-            word = call("load4", address(self.a.outliers[kind], base + wide(at)))
-            store(self.entries[kind], turn, T.reinterpret("int32", word))
+    def _load_entry(self, kind: str, turn: int, base: Expr, at: Expr) -> None:
+        word = call("load4", address(self.a.outliers[kind], base + wide(at)))
+        store(self.entries[kind], turn, T.reinterpret("int32", word))
 
     def _each_entry(
         self, kind: str, block: Expr, use: Callable[[Expr, Callable[..., None]], None]
     ) -> None:
-        """Call use(entry, in_turns) for 32 outliers of the block and head at a time.
+        """Call use(entry, in_turns) for one outlier a lane of the block and head at a time.
 
-        in_turns(add) runs add() when no other lane adds to the same token or channel.
+        A lane has neighbours, so that few lanes have the same token or channel at a time.
+        in_turns(add) runs add() when no other lane adds to the same.
         """
         low, high = let(self.range[kind][0]), let(self.range[kind][1])
+        count = let((high - low + 31) // 32)
+        own = let(low + self.warp.lane * count)
         at = registers(1, "int32")
-        store(at, 0, low)
-        with T.While(at[0] < high):
-            own = let(at[0] + self.warp.lane)
-            store(at, 0, at[0] + 32)
+        store(at, 0, T.int32(0))
+        with T.While(at[0] < count):
+            place = let(own + at[0])
+            store(at, 0, at[0] + 1)
             entry = let(self.entries[kind][0])
             store(self.entries[kind], 0, self.entries[kind][1])
-            with T.If(at[0] + 32 < high), T.Then():
-                self._load_entry(kind, 1, self._entry_base(kind, block), own + 64, high)
-            place = entry >> 24 if kind == "key" else entry >> 16 & 255
-            rank = self._rank(let(place), own < high)
-            turns = T.cast(call("warp_max_word", T.cast(rank + 1, "uint32")), "int32")
+            with T.If(T.And(at[0] + 1 < count, place + 2 < high)), T.Then():
+                self._load_entry(kind, 1, self._entry_base(kind, block), place + 2)
+            turn = self._turn_of(entry >> 24 if kind == "key" else entry >> 16 & 255, place < high)
+            turns = T.cast(call("warp_max_word", T.cast(turn, "uint32")), "int32")
 
-            def in_turns(add: Callable[[], None], rank: Expr = rank, turns: Expr = turns) -> None:
+            def in_turns(add: Callable[[], None], own: Expr = turn, turns: Expr = turns) -> None:
                 turn = registers(1, "int32")
-                store(turn, 0, T.int32(0))
-                with T.While(turn[0] < turns):
-                    with T.If(rank == turn[0]), T.Then():
+                store(turn, 0, T.int32(1))
+                with T.While(turn[0] <= turns):
+                    with T.If(own == turn[0]), T.Then():
                         add()
                     call("sync_warp")
                     store(turn, 0, turn[0] + 1)
@@ -114,14 +119,14 @@ class Outliers(Keys):
 
         return add
 
-    def _rank(self, place: Expr, used: Expr) -> Expr:
-        """How many lanes just before this one have the same place; -1 for one that is not used."""
-        lane = self.warp.lane
+    def _turn_of(self, place: Expr, used: Expr) -> Expr:
+        """1 + how many lanes just before this one have the same place; 0 for one not used."""
+        lane, place = self.warp.lane, let(place)
         before = call("int_from_lane", place, lane - 1)
         begins = T.Or(lane == 0, place != before)
         begins = call("ballot", T.cast(begins, "int32"))
-        begin = call("highest", begins & T.uint32(0xFFFFFFFF) >> T.cast(31 - lane, "uint32"))
-        return let(T.if_then_else(used, lane - begin, -1))
+        rank = call("leading_zeros", begins << T.cast(31 - lane, "uint32"))
+        return let(T.if_then_else(used, rank + 1, 0))
 
     def _key_outliers(self, block: Expr) -> None:
         """Add the outliers' products with the queries into the warp's tile, [four rows, token,
