@@ -7,7 +7,6 @@ cache layers registered; nothing is patched and no architecture is special.
 from __future__ import annotations
 
 import inspect
-import threading
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -27,9 +26,9 @@ from regraft.frontends.tracing import trace
 from regraft.frontends.trial import agree
 from regraft.kernels import ops  # noqa: F401  registers the regraft:: operators
 from regraft.program import CacheSpec, LayerState, Program, RegraftError, TensorSpec
+from regraft.program.program import tracing
 
 BATCH, QUERIES, PAST = 2, 3, 7
-_one_at_a_time = threading.Lock()
 
 
 def _attention(module, q, k, v, attention_mask=None, scaling=None, dropout=0.0, **kwargs):
@@ -203,7 +202,7 @@ def capture(model: PreTrainedModel) -> Program:
     past_key_values.{i}.key and .value [batch_size, heads, past_sequence_length, head_dim].
     Outputs: logits [batch_size, kept, vocab] and present.{i}.key and .value.
     """
-    with _one_at_a_time:
+    with tracing:
         return around_data(model, lambda: _capture(model))
 
 

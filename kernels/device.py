@@ -43,15 +43,11 @@ FUNCTIONS: dict[str, tuple[str, str, str]] = {
         "void* d, unsigned x, unsigned y, unsigned z, unsigned w",
         "*(uint4*)d = make_uint4(x, y, z, w);",
     ),
-    "async16": (
-        "void",
-        "void* d, const void* s",
-        'asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" '
-        ':: "r"((unsigned)__cvta_generic_to_shared(d)), "l"(s) : "memory");',
+    "permute": (
+        WORD,
+        "unsigned a, unsigned b, unsigned s",
+        'unsigned d; asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(s)); return d;',
     ),
-    "async_commit": ("void", "", 'asm volatile("cp.async.commit_group;" ::: "memory");'),
-    "async_wait": ("void", "", 'asm volatile("cp.async.wait_group 1;" ::: "memory");'),
-    "permute": (WORD, "unsigned a, unsigned b, unsigned s", "return __byte_perm(a, b, s);"),
     "fma2": (
         WORD,
         "unsigned a, unsigned b, unsigned c",
@@ -62,6 +58,11 @@ FUNCTIONS: dict[str, tuple[str, str, str]] = {
         WORD,
         "unsigned a, unsigned b",
         'unsigned d; asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b)); return d;',
+    ),
+    "sub2": (
+        WORD,
+        "unsigned a, unsigned b",
+        'unsigned d; asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b)); return d;',
     ),
     "fnma2": (
         WORD,
@@ -94,7 +95,6 @@ FUNCTIONS: dict[str, tuple[str, str, str]] = {
         ': "=f"(d) : "r"(a)); return d;',
     ),
     "float_bf16": (FLOAT, "unsigned a", "return __uint_as_float(a << 16);"),
-    "round": ("int", "float x", "return __float2int_rn(x);"),
     "exp2": (
         FLOAT,
         "float x",
@@ -109,6 +109,12 @@ FUNCTIONS: dict[str, tuple[str, str, str]] = {
     "as_float": (FLOAT, "unsigned x", "return __uint_as_float(x);"),
     "as_word": (WORD, "float x", "return __float_as_uint(x);"),
     "any": ("int", "int x", "return __any_sync(~0u, x);"),
+    "ballot": (WORD, "int x", "return __ballot_sync(~0u, x);"),
+    "leading_zeros": (
+        "int",
+        "unsigned x",
+        'int d; asm("bfind.shiftamt.u32 %0, %1;" : "=r"(d) : "r"(x)); return d;',
+    ),
     "across": (FLOAT, "float x, int mask", "return __shfl_xor_sync(~0u, x, mask);"),
     "from_lane": (FLOAT, "float x, int lane", "return __shfl_sync(~0u, x, lane);"),
     "int_from_lane": ("int", "int x, int lane", "return __shfl_sync(~0u, x, lane);"),
@@ -130,7 +136,6 @@ FUNCTIONS: dict[str, tuple[str, str, str]] = {
         'asm volatile("bar.sync %0, %1;" :: "r"(name), "r"(count) : "memory");',
     ),
     "sync_warp": ("void", "", "__syncwarp();"),
-    "atomic_add": ("void", "void* d, int x", "atomicAdd((int*)d, x);"),
 }
 
 
@@ -170,6 +175,11 @@ def let(value: Expr) -> Expr:
 
 def wide(value: Expr) -> Expr:
     return T.cast(value, "int64")
+
+
+def wide_row(row: Expr) -> Expr:
+    """The number of a row, not negative: one instruction multiplies it by another to 64 bits."""
+    return wide(T.cast(row, "uint32"))
 
 
 def vector(name: str, dtype: str) -> Any:

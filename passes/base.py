@@ -14,6 +14,7 @@ import torch
 
 from regraft.kernels import ops  # noqa: F401  registers the regraft:: operators
 from regraft.program import Program, RegraftError, Report, Row
+from regraft.program.program import tracing
 
 registry: dict[str, type[Pass]] = {}
 
@@ -85,6 +86,17 @@ def run(
     A pass applies to the program and to its prefill; the report tells of the former. A pass in
     ``required`` that matches nothing is an error that names the reasons.
     """
+    with tracing:
+        return _run(program, passes, context, required, dump_dir)
+
+
+def _run(
+    program: Program,
+    passes: Sequence[Pass],
+    context: Context,
+    required: Sequence[Pass],
+    dump_dir: str | Path | None,
+) -> Report:
     report = Report()
     parts = list(program.parts.values())
     references = [part(*part.examples) if part.examples else () for part in parts]

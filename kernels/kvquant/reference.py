@@ -33,6 +33,7 @@ class Packed:
     scale, zero: float16, of keys [B or 1, H, groups, D], of values [B, N, 32] for all heads.
     outliers: int32 [B, N, 32 * c], token << 24 | channel << 16 | float16 residual, by head;
     offsets: int32 [B, N, H + 1], where each head's begin and the last one's end. None without.
+    With layout "cuda" a head's are sorted, of keys by token, of values by channel.
     """
 
     kind: str
@@ -176,8 +177,8 @@ def quantize_values(
         exact = torch.zeros_like(flat, dtype=torch.bool)
         exact.scatter_(-1, top[1][..., :high], True).scatter_(-1, bottom[1][..., :low], True)
         exact = exact.unflatten(2, (v.shape[1], -1)).transpose(1, 2)
-    wide = (part[:, None, :, None] for part in (scale, zero))
-    codes, target, read = encode(v, *wide, book, feedback, exact)
+    wide = [part[:, None, :, None] for part in (scale, zero)]
+    codes, target, read = encode(v, wide[0], wide[1], book, feedback, exact)
     return codes, scale, zero, None if exact is None else residuals(target, read, exact)
 
 
@@ -205,18 +206,23 @@ def quantize(
         group = x.shape[2] // scale.shape[2]
         wide = [part.repeat_interleave(group, 2) for part in (scale, zero)]
         codes, residual = quantize_keys(x, wide[0], wide[1], book, count, feedback)
-    outliers = (None, None) if residual is None else pack_outliers(residual, count)
+    outliers = (None, None) if residual is None else pack_outliers(residual, count, kind, layout)
     packed = pack(codes.unflatten(2, (-1, BLOCK)), bits, kind, layout)
     size, levels = x.shape[3], (book.levels, book.unit)
     return Packed(kind, bits, size, layout, packed, scale, zero, *levels, *outliers)
 
 
-def pack_outliers(residual: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def pack_outliers(
+    residual: Tensor, count: int, kind: str = "key", layout: str = "cuda"
+) -> tuple[Tensor, Tensor]:
     """Entries int32 [B, N, 32 * count] and offsets int32 [B, N, H + 1] of residuals
     [B, H, 32 * N, D] with at most ``count`` nonzero a token."""
     batch, heads, length, size = residual.shape
     blocks = residual.unflatten(2, (-1, BLOCK)).transpose(1, 2).flatten(0, 1)
-    row, head, token, channel = blocks.nonzero(as_tuple=True)
+    if kind == "value" and layout == "cuda":
+        row, head, channel, token = blocks.mT.nonzero(as_tuple=True)
+    else:
+        row, head, token, channel = blocks.nonzero(as_tuple=True)
     bits = blocks[row, head, token, channel].half().view(torch.int16).int() & 0xFFFF
     counts = blocks.new_zeros(len(blocks), heads + 1, dtype=torch.int64)
     counts.index_put_((row, head + 1), torch.ones_like(row), accumulate=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,6 +12,9 @@ import torch
 from torch import fx
 
 from regraft.program.errors import RegraftError
+
+tracing = threading.RLock()
+"""Held by whoever traces or rewrites graphs: torch.export and fx patch what all threads share."""
 
 
 @dataclass(frozen=True)

@@ -113,6 +113,16 @@ def test_outliers_come_back(share):
     assert torch.equal(unpack_outliers(like, 2), residual.float())
 
 
+@pytest.mark.parametrize(("kind", "shift"), [("key", 24), ("value", 16)])
+def test_cuda_outliers_are_sorted_by_what_they_are_added_to(kind, shift):
+    residual = torch.randn(1, 2, 64, 16) * (torch.rand(1, 2, 64, 16) < 0.2)
+    entries, offsets = pack_outliers(residual, 16, kind, "cuda")
+    for block in range(2):
+        for low, high in offsets[0, block].unfold(0, 2, 1).tolist():
+            places = entries[0, block, low:high] >> shift & 255
+            assert high > low and (places.diff() >= 0).all()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_error_is_half_a_step(kind, bits):

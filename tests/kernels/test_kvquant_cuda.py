@@ -16,9 +16,12 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 def draw(
     batch=2, groups=4, heads=8, queries=1, size=128, bits=(4, 4), outliers=(0.01, 0.01), blocks=40,
     exact=50, calibrated=True, rotated=True, tables=1, padding=0, sinks=False,
-    dtype=torch.bfloat16,
+    dtype=torch.bfloat16, jump=0, concentrated=False,
 ):  # fmt: skip
-    """Arguments of attend with random content, exact tokens in a larger buffer."""
+    """Arguments of attend with random content, exact tokens in a larger buffer.
+
+    jump: positions left out before token 77; concentrated: outliers in one token and one channel.
+    """
 
     def normal(*shape):
         return torch.randn(*shape, device="cuda")
@@ -26,6 +29,9 @@ def draw(
     length = BLOCK * max(blocks, 2)
     k = normal(batch, heads, length, size) * (1 + normal(1, heads, 1, size).abs())
     k, v = k + 2 * normal(1, heads, 1, size), normal(batch, heads, length, size) + 0.3
+    if concentrated:
+        k[:, :, 5] *= 4
+        v[:, :, :, 7] *= 6
     scale = zero = None
     if calibrated:
         share = torch.tensor([outliers[0] / 2, 1 - outliers[0] / 2], device="cuda")
@@ -40,6 +46,7 @@ def draw(
     position = (
         torch.arange(length, device="cuda") + 7 * torch.arange(tables, device="cuda")[:, None]
     )
+    position = position + jump * (torch.arange(length, device="cuda") >= 77)
     angle = position[..., None] * 1e4 ** -(torch.arange(0, size, 2, device="cuda") / size)
     table = pack_table(angle.cos(), angle.sin(), "cuda") if rotated else None
     body = Body(stores[0].packed, stores[1].packed, blocks, 0 if calibrated else 64, table)
@@ -82,6 +89,9 @@ def error(arguments, softcap=0.0):
         {"batch": 3, "padding": 20, "sinks": True, "tables": 3},
         {"blocks": 0},
         {"exact": 0, "blocks": 1},
+        {"jump": 1000},
+        {"concentrated": True},
+        {"concentrated": True, "groups": 8, "outliers": (0.05, 0.05), "dtype": torch.float16},
     ],
     ids=str,
 )

@@ -14,7 +14,7 @@ BART = dict(
     encoder_ffn_dim=64,
     decoder_ffn_dim=64,
     vocab_size=128,
-    max_position_embeddings=96,
+    max_position_embeddings=64,
     pad_token_id=0,
     bos_token_id=1,
     eos_token_id=2,
@@ -47,7 +47,8 @@ def pair(request):
 @pytest.fixture(scope="module")
 def bart():
     torch.manual_seed(0)
-    model = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("bart", **BART)).eval()
+    config = AutoConfig.for_model("bart", **BART | {"max_position_embeddings": 96})
+    model = AutoModelForSeq2SeqLM.from_config(config).eval()
     return model, regraft.compile(model, [regraft.KVQuant(bits=8, tail=16, group=32)])
 
 

@@ -13,7 +13,10 @@ from regraft.kernels.device import (
     call,
     let,
     load_words,
+    registers,
+    store,
     wide,
+    wide_row,
 )
 from regraft.kernels.kvquant.cuda.plan import Case, Layout
 from regraft.kernels.kvquant.layout import BLOCK, PLANES, load_bytes
@@ -32,25 +35,30 @@ class Codes:
     entry: Any
     table_place: Any
 
-    def _levels(self) -> None:
-        """Fill the look-up table: an entry is 64 words, 32 copies for keys, 32 for values."""
-        case, threads = self.case, self.layout.warps * 32
-        for kind, bits, side in (
-            ("key", case.key_bits, 0),
-            ("value", case.value_bits, 1),
+    def _load_levels(self) -> None:
+        """Load the level of code lane % 2**bits, for ``_share_levels``."""
+        case, a = self.case, self.a
+        self.level = registers(2)
+        for side, (kind, bits, unit) in enumerate(
+            (("key", case.key_bits, a.key_unit), ("value", case.value_bits, a.value_unit))
         ):
-            unit = self.a.key_unit if kind == "key" else self.a.value_unit
-            levels, count = self.a.levels[kind], 4**bits * 8
+            level = a.levels[kind][self.warp.lane % 2**bits]
+            store(self.level, side, T.cast(level, "float32") * unit)
+
+    def _share_levels(self) -> None:
+        """Fill the look-up table: an entry is 64 words, 32 copies for keys, 32 for values."""
+        threads = self.layout.warps * 32
+        for side, bits in enumerate((self.case.key_bits, self.case.value_bits)):
+            count = 4**bits * 8
             with T.serial(0, (count + threads - 1) // threads) as i:
                 at = let(i * threads + self.thread)
                 with T.If(at < count), T.Then():
                     entry = let(at // 8)
-                    low, high = self._pair_codes(entry, bits)
-                    pair = call(
-                        "pack_f16",
-                        T.cast(levels[low], "float32") * unit,
-                        T.cast(levels[high], "float32") * unit,
-                    )
+                    levels = [
+                        call("from_lane", self.level[side], code)
+                        for code in self._pair_codes(entry, bits)
+                    ]
+                    pair = call("pack_f16", *levels)
                     place = self.table_place + entry * 256 + side * 128 + at % 8 * 16
                     call("write16", address(self.shared, place), pair, pair, pair, pair)
 
@@ -81,7 +89,7 @@ class Codes:
 
     def _load_codes(self, kind: str, words: Any, block: Expr) -> None:
         bits, size = getattr(self.case, f"{kind}_bits"), self._size(kind)
-        base = let(wide(self.line * self.a.capacity + block) * (BLOCK * size * bits // 8))
+        base = let(wide_row(self.line * self.a.capacity + block) * (BLOCK * size * bits // 8))
         start = place = 0
         for width in PLANES[bits]:
             each = size * width // 8

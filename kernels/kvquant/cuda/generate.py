@@ -1,9 +1,10 @@
 """The attention kernel over packed keys and values for CUDA.
 
-A block of threads takes a range of token blocks for up to 8 key/value heads, a warp each, so that
-the rotations are read once for all of them. Codes go from memory to the registers whose operands
-they become; two codes at a time are looked up in shared memory, where each lane has its own copy
-of the table. Keys are scaled and rotated in registers as pairs of float16.
+A block of threads takes a range of token blocks for up to 8 key/value heads, a warp each. Codes go
+from memory to the registers whose operands they become; two codes at a time are looked up in
+shared memory, where each lane has its own copy of the table. Keys are scaled and rotated in
+registers as pairs of float16: queries are turned back to a block's last token, keys by the
+rotations relative to it, which consecutive positions share from block to block.
 """
 
 from __future__ import annotations
@@ -33,9 +34,10 @@ from regraft.kernels.device import (
     store,
     vector,
     wide,
+    wide_row,
 )
 from regraft.kernels.kvquant.cuda.outliers import Outliers
-from regraft.kernels.kvquant.cuda.plan import STAGES, Case, Layout
+from regraft.kernels.kvquant.cuda.plan import Case, Layout
 
 
 def build(case: Case) -> Any:
@@ -117,10 +119,11 @@ class Attend(Outliers):
         self.shared = T.alloc_buffer((layout.bytes,), "uint8", scope="shared.dyn", align=128)
         self.own = let(layout.own + self.warp.index * layout.each)
         address_ = call("shared_address", address(self.shared, 0))
-        stages = layout.blocks * STAGES * layout.stage
+        angles = layout.blocks * layout.angles
         table = T.uint32(layout.table)
-        self.table = let((address_ + T.uint32(stages) + table - T.uint32(1)) // table * table)
+        self.table = let((address_ + T.uint32(angles) + table - T.uint32(1)) // table * table)
         self.table_place = let(T.cast(self.table - address_, "int32"))
+        self.angles = let(self.sub * layout.angles)
         self.entry = let(self.table | T.cast(self.warp.lane * 4, "uint32"))
         self.flash = Flash(self.warp, case.value_size, case.tiles)
         self.seen = registers(2 * case.tiles, "int32")
@@ -182,32 +185,29 @@ class Attend(Outliers):
 
     def _body(self) -> None:
         a, case, layout = self.a, self.case, self.layout
-        self._levels()
-        self._query()
+        self._load_levels()
         nearest, furthest = self._bounds()
         total = a.blocks
         begin = let(T.min(nearest // BLOCK, total))
         low = let(begin + (total - begin) * self.split // a.splits)
         high = let(begin + (total - begin) * (self.split + 1) // a.splits)
         turns = let((high - low + layout.blocks - 1) // layout.blocks)
-        self._prepare_stages(low)
-        T.evaluate(T.tvm_storage_sync("shared"))
         self.keys = registers(self._words("key"), "uint32")
         self.values = registers(self._words("value"), "uint32")
         self.entries = {kind: registers(2, "int32") for kind in ("key", "value")}
         self.range = {kind: registers(2, "int32") for kind in ("key", "value")}
         self.token = registers(2, "uint32")
-        self.fraction = registers(2)
-        store(self.fraction, 0, T.float32(2.0**100))
-        store(self.fraction, 1, T.float32(2.0**-100))
+        self.couples = -(-case.size // 128)  # of pairs of channels, a lane's
+        self.rotations = registers(4 * self.couples, "uint32")
         self.place = registers(3, "int32")  # group of the scales, offsets of this and next block
         store(self.place, 0, T.int32(-1))
         with T.If(turns > 0), T.Then():
             block = let(T.min(low + self.sub, high - 1))
-            for turn in range(2):
-                self._stage(low, high, T.int32(turn))
             self._load_offsets(block, 1)
             self._load_ahead(block)
+        self._query()
+        self._share_levels()
+        T.evaluate(T.tvm_storage_sync("shared"))
         counter = registers(1, "int32")
         store(counter, 0, T.int32(0))
         # no For: TVM would hoist conditions out of it by copying its body, and refuse the copy
@@ -215,9 +215,6 @@ class Attend(Outliers):
             turn = let(counter[0])
             store(counter, 0, turn + 1)
             block = let(T.min(low + turn * layout.blocks + self.sub, high - 1))
-            call("async_wait")
-            call("sync_threads", self.sub + 1, T.int32(layout.heads * 32))
-            self._stage(low, high, turn + 2)
             self._turn(block, low, high, turn, furthest)
         if case.value_outliers:
             self._flush()
@@ -226,18 +223,19 @@ class Attend(Outliers):
     def _turn(self, block: Expr, low: Expr, high: Expr, turn: Expr, furthest: Expr) -> None:
         case, layout, flash, warp = self.case, self.layout, self.flash, self.warp
         wanted = let(low + turn * layout.blocks + self.sub)
-        stage = let(self.slot[0])
-        if case.rotated:
-            self._next_slot(0)
         self._load_codes("value", self.values, block)
+        if case.rotated:
+            self._rotate(block, turn)
         store(self.place, 1, self.place[2])
         self._load_entries("value", block)
         weigh, zero = self._value_scale()
         self._key_scale(block)
         if case.key_outliers:
-            self._key_outliers(stage, block)
-        flash.clear()
-        self._scores(stage)
+            self._key_outliers(block)
+            self._begin_scores()
+        else:
+            flash.clear()
+        self._scores()
         following = let(T.min(wanted + layout.blocks, high - 1))
         self._load_offsets(following, 2)
         for tile in range(case.tiles):
@@ -267,7 +265,7 @@ class Attend(Outliers):
                 operand = [self._look_up("value", self.values, place) for place in places]
                 flash.add_values("float16", part, step, operand)
         if case.value_outliers:
-            self._value_outliers(block, turn)
+            self._value_outliers(block)
 
     def _bounds(self) -> tuple[Expr, Expr]:
         """The lowest and highest of the first tokens that the queries see."""
@@ -281,11 +279,13 @@ class Attend(Outliers):
         """Load what the next turn needs first: key codes, outliers, the values' scales."""
         a, case = self.a, self.case
         self._load_codes("key", self.keys, block)
-        if case.key_outliers:
-            self._load_entries("key", block)
-        at = let(wide((self.batch * a.capacity + block) * BLOCK + self.warp.lane))
+        if case.rotated:
+            self._load_rotations(block)
+        at = let(wide_row(self.batch * a.capacity + block) * BLOCK + wide(self.warp.lane))
         store(self.token, 0, call("load2", address(a.value_scale, at)))
         store(self.token, 1, call("load2", address(a.value_zero, at)))
+        if case.key_outliers:
+            self._load_entries("key", block)
 
     def _value_scale(self) -> tuple[Expr, Expr]:
         return call("float_f16", self.token[0]), call("float_f16", self.token[1])

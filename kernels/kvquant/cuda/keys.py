@@ -17,13 +17,10 @@ from regraft.kernels.device import (
     store,
     warp_max,
     wide,
+    wide_row,
 )
 from regraft.kernels.kvquant.cuda.codes import Codes
-from regraft.kernels.kvquant.cuda.plan import STAGES, TILE_ROW
 from regraft.kernels.kvquant.layout import BLOCK
-
-FRACTION = 2.0**12
-"""Outliers' parts of the scores are added up as integers with this many fractions."""
 
 
 class Keys(Codes):
@@ -37,6 +34,8 @@ class Keys(Codes):
     first_row: Any
     keys: Any
     place: Any
+    angles: Any
+    rotations: Any
 
     def _query(self) -> None:
         """Queries as float16 operands, each row divided by its largest element."""
@@ -66,9 +65,7 @@ class Keys(Codes):
                 unit = a.scale * T.float32(1.0 if case.softcap else LOG2E)
                 store(self.row_scale, tile * 2 + e, call("from_lane", norm, lane) * unit)
             self._share_fragments(tile, steps)
-            if case.key_outliers:
-                self._share_query(tile, steps)
-        count = case.row_stride * self.layout.sums if case.value_outliers else 0
+        count = case.row_stride * case.value_size if case.value_outliers else 0
         for start in range(0, count, 32):
             place = self.own + self.layout.extra + (start + warp.lane) * 4
             with T.If(start + warp.lane < count), T.Then():
@@ -78,65 +75,102 @@ class Keys(Codes):
         return call(f"float_{BITS[self.case.dtype]}", word >> T.uint32(16) if e else word)
 
     def _share_fragments(self, tile: int, steps: int) -> None:
-        """Keep the operands out of the registers, [tile, step, row, q], two words each."""
-        rows = min(8, self.case.row_stride)
-        with T.If(self.warp.g < rows), T.Then():
+        """Keep the operands out of the registers: two words of a row and of two pairs."""
+        start = self.layout.query if self.case.rotated else self.layout.fragment
+        with T.If(self.warp.g < min(8, self.case.row_stride)), T.Then():
             for step in range(steps):
                 pair = [self.query[(tile * steps + step) * 2 + i] for i in range(2)]
-                place = self.own + self.layout.fragment + (tile * steps + step) * rows * 32
-                place = place + self.warp.g * 32 + self.warp.q * 8
-                call("write8", address(self.shared, place), *pair)
+                place = start + self._fragment(8 * tile + self.warp.g, step * 4 + self.warp.q)
+                call("write8", address(self.shared, self.own + place), *pair)
 
-    def _share_query(self, tile: int, steps: int) -> None:
-        """Lay out queries for outliers: of a pair of channels both elements, row by row."""
-        case, warp = self.case, self.warp
-        own = let(8 * tile + warp.g)
-        with T.If(own < case.row_stride), T.Then():
-            for step in range(steps):
-                first, second = (self.query[(tile * steps + step) * 2 + i] for i in range(2))
+    def _fragment(self, row: Any, couple: Expr) -> Any:
+        """Where a row's operands of channels 2 * couple and D/2 + 2 * couple lie, 8 bytes."""
+        return row // 2 * self.layout.two_rows + couple * 16 + row % 2 * 8
+
+    # rotations: queries are turned back to the last token of the block once, keys by what is left
+
+    def _load_rotations(self, block: Expr) -> None:
+        """Load the rotations of the block's last and first token, two pairs of channels a lane."""
+        for i in range(self.couples):
+            couple = let(i * 32 + self.warp.lane)
+            with T.If(couple < self.case.size // 4), T.Then():
+                for j, token in enumerate((BLOCK - 1, 0)):
+                    words = address(self.rotations, 4 * i + 2 * j)
+                    call("copy8", words, self._rotation(block, token, couple))
+
+    def _rotation(self, block: Expr, token: Any, couple: Expr) -> Expr:
+        a, size = self.a, self.case.size
+        row = wide_row(self.batch * a.table_batch * a.table_capacity + block) * (BLOCK * size)
+        return address(a.table, row + wide(token * size + couple * 4))
+
+    def _rotate(self, block: Expr, turn: Expr) -> None:
+        """Turn the queries to the block's last token.
+
+        The tokens' rotations relative to it stay those of an earlier block as long as the first
+        token's is right; else, or at first, the block's own take their place.
+        """
+        case, layout, words = self.case, self.layout, self.rotations
+        wrong = registers(1, "uint32")
+        store(wrong, 0, T.uint32(0))
+        relative = registers(2, "uint32")
+        for i in range(self.couples):
+            couple = let(i * 32 + self.warp.lane)
+            with T.If(couple < case.size // 4), T.Then():
+                call("copy8", address(relative, 0), address(self.shared, self.angles + couple * 8))
+                cos, sin = self._turned(relative[0], relative[1], words[4 * i], words[4 * i + 1])
+                off = call("sub2", cos, words[4 * i + 2]) | call("sub2", sin, words[4 * i + 3])
+                store(wrong, 0, wrong[0] | off)
+        # float16 of 2**-7 and more have one of these bits
+        far = T.cast(wrong[0] & T.uint32(0x60006000), "int32")
+        with T.If(T.Or(turn == 0, call("any", far) != 0)), T.Then():
+            self._share_angles(block)
+        call("sync_warp")
+        query = registers(4, "uint32")
+        for i in range(self.couples):
+            couple = let(i * 32 + self.warp.lane)
+            with T.If(couple < case.size // 4), T.Then():
+                cos, sin = words[4 * i], words[4 * i + 1]
+                for row in range(0, case.row_stride, 2):
+                    place = self.own + self._fragment(row, couple)
+                    call("copy16", address(query, 0), address(self.shared, layout.query + place))
+                    new: list[Expr] = []
+                    for e in range(2):
+                        second, first = self._turned(query[2 * e + 1], query[2 * e], cos, sin)
+                        new += first, second
+                    call("write16", address(self.shared, layout.fragment + place), *new)
+        call("sync_warp")
+
+    def _turned(self, x: Expr, y: Expr, cos: Expr, sin: Expr) -> tuple[Expr, Expr]:
+        return (
+            call("fnma2", y, sin, call("mul2", x, cos)),
+            call("fma2", x, sin, call("mul2", y, cos)),
+        )
+
+    def _share_angles(self, block: Expr) -> None:
+        """Lay out the rotations of the block's tokens relative to its last one's."""
+        threads, couples = self.layout.heads * 32, self.case.size // 4
+        call("sync_threads", self.sub + 1, T.int32(threads))
+        own = let(self.thread - self.sub * threads)
+        last, words = registers(2, "uint32"), registers(2, "uint32")
+        with T.serial(0, -(-BLOCK * couples // threads)) as i:
+            piece = let(i * threads + own)
+            with T.If(piece < BLOCK * couples), T.Then():
+                token, couple = let(piece // couples), let(piece % couples)
+                call("copy8", address(last, 0), self._rotation(block, BLOCK - 1, couple))
+                call("copy8", address(words, 0), self._rotation(block, token, couple))
+                parts: list[list[Expr]] = [[], []]
                 for e in range(2):
-                    pair = step * 8 + 2 * warp.q + e
-                    place = self.own + self.layout.query + (pair * case.row_stride + own) * 4
-                    both = call("permute", first, second, T.uint32(0x7632 if e else 0x5410))
-                    call("write4", address(self.shared, place), both)
-
-    def _prepare_stages(self, low: Expr) -> None:
-        """Where this thread's pieces of a block's rotations come from and go to."""
-        a, case, layout = self.a, self.case, self.layout
-        self.pieces: list[tuple[Expr, Expr, Expr]] = []
-        self.slot = registers(2, "int32")  # of the turn, and of the one to be copied
-        first = let(self.sub * (STAGES * layout.stage))
-        store(self.slot, 0, first)
-        store(self.slot, 1, first)
-        if not case.rotated:
-            return
-        own = let(self.thread - self.sub * (layout.heads * 32))
-        origin = let(wide(self.batch * a.table_batch * a.table_capacity + low + self.sub))
-        row, count, threads = case.size // 8, 4 * case.size, layout.heads * 32
-        for i in range(-(-count // threads)):
-            piece = let(own + i * threads)
-            source = let(origin * (BLOCK * case.size) + wide(piece * 8))
-            place = let(piece // row * layout.row + piece % row * 16)
-            self.pieces.append((piece < count, source, place))
-
-    def _next_slot(self, i: int) -> None:
-        last = self.sub * (STAGES * self.layout.stage) + (STAGES - 1) * self.layout.stage
-        after = self.slot[i] + self.layout.stage
-        again = self.slot[i] - (STAGES - 1) * self.layout.stage
-        store(self.slot, i, T.if_then_else(self.slot[i] < last, after, again))
-
-    def _stage(self, low: Expr, high: Expr, turn: Expr) -> None:
-        """Copy the rotations of a turn's block to shared memory."""
-        if self.pieces:
-            behind = let(turn * self.layout.blocks)
-            inside = low + behind + self.sub < high
-            skipped = let(wide(behind) * (BLOCK * self.case.size))
-            for wanted, source, place in self.pieces:
-                with T.If(T.And(wanted, inside)), T.Then():
-                    target = address(self.shared, self.slot[1] + place)
-                    call("async16", target, address(self.a.table, source + skipped))
-            self._next_slot(1)
-        call("async_commit")
+                    cos, sin, to_cos, to_sin = (
+                        call("float_f16", word >> T.uint32(16) if e else word)
+                        for word in (words[0], words[1], last[0], last[1])
+                    )
+                    norm = T.max(to_cos * to_cos + to_sin * to_sin, T.float32(1e-12))
+                    parts[0].append((cos * to_cos + sin * to_sin) / norm)
+                    parts[1].append((sin * to_cos - cos * to_sin) / norm)
+                both = [call("pack_f16", *part) for part in parts]
+                place = self.angles + token * self.layout.row + couple * 8
+                call("write8", address(self.shared, place), *both)
+        call("sync_threads", self.sub + 1, T.int32(threads))
 
     def _key_scale(self, block: Expr) -> None:
         """Keep scale and zero of the block's group in shared memory, four pairs of them a lane."""
@@ -158,20 +192,20 @@ class Keys(Codes):
                     call("write16", address(self.shared, self.own + couple * 16), *words)
             call("sync_warp")
 
-    def _scores(self, stage: Expr) -> None:
+    def _scores(self) -> None:
         """Products of the block's keys, two pairs of channels of four tokens at a time."""
         case, warp, layout = self.case, self.warp, self.layout
         scale = registers(4, "uint32")
         turn = registers(2, "uint32")
-        row = let(stage + warp.g * layout.row + warp.q * 8)
-        rows = min(8, case.row_stride)
-        fragment = let(self.own + layout.fragment + warp.g % rows * 32 + warp.q * 8)
+        row = let(self.angles + warp.g * layout.row + warp.q * 8)
+        own = let(warp.g % min(8, case.row_stride))
+        fragment = let(self.own + layout.fragment + self._fragment(own, warp.q))
         query = registers(2 * case.tiles, "uint32")
         for step in range(case.size // 16):
             place = self.own + (step * 4 + warp.q) * 16
             call("copy16", address(scale, 0), address(self.shared, place))
             for tile in range(case.tiles):
-                place = fragment + (tile * (case.size // 16) + step) * rows * 32
+                place = fragment + (4 * tile * layout.two_rows + step * 64)
                 call("copy8", address(query, 2 * tile), address(self.shared, place))
             operand: list[list[Expr]] = [[], []]
             for i in range(4):
@@ -183,28 +217,28 @@ class Keys(Codes):
                 if case.rotated:
                     at = row + (8 * i * layout.row + step * 32)
                     call("copy8", address(turn, 0), address(self.shared, at))
-                    cos, sin = let(turn[0]), let(turn[1])
-                    first, second = (
-                        call("fnma2", second, sin, call("mul2", first, cos)),
-                        call("fma2", first, sin, call("mul2", second, cos)),
-                    )
+                    first, second = self._turned(first, second, let(turn[0]), let(turn[1]))
                 operand[0].append(first)
                 operand[1].append(second)
             for half in range(2):
                 words = [operand[h][2 * half + i] for h in range(2) for i in range(2)]
                 self.flash.add_scores("float16", half, words, query, 0)
 
-    def _finish_score(self, tile: int, i: int, e: int) -> None:
-        """Add the outliers' part, scale, cap; to units of log 2."""
+    def _begin_scores(self) -> None:
+        """Set the scores to the outliers' part."""
         case, warp, flash = self.case, self.warp, self.flash
+        for tile in range(case.tiles):
+            row = let((8 * tile + 2 * warp.q) % case.row_stride)
+            for i in range(4):
+                place = (row // 4 * BLOCK + 8 * i + warp.g) * 16 + row % 4 * 4
+                place = self.own + self.layout.tile + place
+                scores = address(flash.scores, tile * 8 + i * 2)
+                call("copy8", scores, address(self.shared, place))
+
+    def _finish_score(self, tile: int, i: int, e: int) -> None:
+        """Scale, cap; to units of log 2."""
         at = tile * 8 + i * 2 + e
-        score = flash.scores[at]
-        if case.key_outliers:
-            row = (8 * tile + 2 * warp.q) % case.row_stride + e
-            place = self.own + self.layout.tile + (row * TILE_ROW + 8 * i + warp.g) * 4
-            word = T.reinterpret("int32", call("read4", address(self.shared, place)))
-            score = score + T.cast(word, "float32") * T.float32(1 / FRACTION)
-        score = score * self.row_scale[tile * 2 + e]
-        if case.softcap:
+        score = self.flash.scores[at] * self.row_scale[tile * 2 + e]
+        if self.case.softcap:
             score = self._capped(score) * T.float32(LOG2E)
-        store(flash.scores, at, score)
+        store(self.flash.scores, at, score)

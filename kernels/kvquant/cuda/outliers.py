@@ -1,7 +1,12 @@
-"""Outliers on CUDA: their parts are added up as integers in shared memory, one entry a lane."""
+"""Outliers on CUDA: one entry a lane, added up without atomics.
+
+A head's entries are sorted by what they are added to, a key's token or a value's channel. A lane
+whose entry is the r-th of a run of equal ones adds it in turn r, when no other lane adds there.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from tvm.tirx.script.builder import ir as T
@@ -14,9 +19,10 @@ from regraft.kernels.device import (
     registers,
     store,
     wide,
+    wide_row,
 )
-from regraft.kernels.kvquant.cuda.keys import FRACTION, Keys
-from regraft.kernels.kvquant.cuda.plan import TILE_ROW
+from regraft.kernels.kvquant.cuda.keys import Keys
+from regraft.kernels.kvquant.layout import BLOCK
 
 
 class Outliers(Keys):
@@ -24,7 +30,6 @@ class Outliers(Keys):
 
     entries: dict[str, Any]
     range: dict[str, Any]
-    fraction: Any
 
     def _load_offsets(self, block: Expr, slot: int) -> None:
         """Lanes 0..3 of a slot: begin and end of a block's outliers, of keys and of values."""
@@ -43,149 +48,174 @@ class Outliers(Keys):
             call("int_from_lane", self.place[slot], lane + 1),
         )
 
-    def _entry_base(self, kind: str, block: Expr) -> Expr:
-        places = self.a.key_places if kind == "key" else self.a.value_places
-        return wide(self.batch * self.a.capacity + block) * wide(places)
-
     def _load_entries(self, kind: str, block: Expr) -> None:
+        """Load the first two entries that a lane uses of the block and head."""
         if not getattr(self.case, f"{kind}_outliers"):
             return
         low, high = self._slice(kind, 2 if kind == "key" else 1)
         store(self.range[kind], 0, low)
         store(self.range[kind], 1, high)
-        base = let(self._entry_base(kind, block))
+        count = let((high - low + 31) // 32)
+        own = let(low + self.warp.lane * count)
+        base = self._entry_base(kind, block)
         for turn in range(2):
-            at = let(low + turn * 32 + self.warp.lane)
-            store(self.entries[kind], turn, self.warp.lane << 24 | self.warp.lane << 16)
-            with T.If(at < high), T.Then():
-                word = call("load4", address(self.a.outliers[kind], base + wide(at)))
-                store(self.entries[kind], turn, T.reinterpret("int32", word))
+            store(self.entries[kind], turn, T.int32(0))
+            used = T.And(turn < count, own + turn < high) if turn else own < high
+            with T.If(used), T.Then():
+                self._load_entry(kind, turn, base, own + turn)
 
-    def _each_entry(self, kind: str, block: Expr, use: Any) -> None:
-        """Call use(entry) for each outlier of the block and head; lanes without one use a zero."""
-        for turn in range(2):
-            use(self.entries[kind][turn])
+    def _entry_base(self, kind: str, block: Expr) -> Expr:
+        places = self.a.key_places if kind == "key" else self.a.value_places
+        return let(wide_row(self.batch * self.a.capacity + block) * wide_row(places))
+
+    def _load_entry(self, kind: str, turn: int, base: Expr, at: Expr) -> None:
+        word = call("load4", address(self.a.outliers[kind], base + wide(at)))
+        store(self.entries[kind], turn, T.reinterpret("int32", word))
+
+    def _each_entry(
+        self, kind: str, block: Expr, use: Callable[[Expr, Callable[..., None]], None]
+    ) -> None:
+        """Call use(entry, in_turns) for one outlier a lane of the block and head at a time.
+
+        A lane has neighbours, so that few lanes have the same token or channel at a time.
+        in_turns(add) runs add() when no other lane adds to the same.
+        """
         low, high = let(self.range[kind][0]), let(self.range[kind][1])
-        with T.If(high - low > 64), T.Then():
-            base = let(self._entry_base(kind, block))
-            with T.serial(2, (high - low + 31) // 32) as turn:
-                at = let(low + turn * 32 + self.warp.lane)
-                with T.If(at < high), T.Then():
-                    word = call("load4", address(self.a.outliers[kind], base + wide(at)))
-                    use(let(T.reinterpret("int32", word)))
+        count = let((high - low + 31) // 32)
+        own = let(low + self.warp.lane * count)
+        at = registers(1, "int32")
+        store(at, 0, T.int32(0))
+        with T.While(at[0] < count):
+            place = let(own + at[0])
+            store(at, 0, at[0] + 1)
+            entry = let(self.entries[kind][0])
+            store(self.entries[kind], 0, self.entries[kind][1])
+            with T.If(T.And(at[0] + 1 < count, place + 2 < high)), T.Then():
+                self._load_entry(kind, 1, self._entry_base(kind, block), place + 2)
+            turn = self._turn_of(entry >> 24 if kind == "key" else entry >> 16 & 255, place < high)
+            turns = T.cast(call("warp_max_word", T.cast(turn, "uint32")), "int32")
 
-    def _key_outliers(self, stage: Expr, block: Expr) -> None:
-        """Add the outliers' products with the queries into the warp's tile [token, row]."""
+            def in_turns(add: Callable[[], None], own: Expr = turn, turns: Expr = turns) -> None:
+                turn = registers(1, "int32")
+                store(turn, 0, T.int32(1))
+                with T.While(turn[0] <= turns):
+                    with T.If(own == turn[0]), T.Then():
+                        add()
+                    call("sync_warp")
+                    store(turn, 0, turn[0] + 1)
+
+            use(entry, in_turns)
+
+    def _adding(self, place: Expr, part: list[Expr]) -> Callable[[], None]:
+        """What adds four numbers to those at a place of the shared memory."""
+        place = let(place)
+        sums = registers(4)
+
+        def add() -> None:
+            call("copy16", address(sums, 0), address(self.shared, place))
+            for i in range(4):
+                store(sums, i, sums[i] + part[i])
+            call("copy16", address(self.shared, place), address(sums, 0))
+
+        return add
+
+    def _turn_of(self, place: Expr, used: Expr) -> Expr:
+        """1 + how many lanes just before this one have the same place; 0 for one not used."""
+        lane, place = self.warp.lane, let(place)
+        before = call("int_from_lane", place, lane - 1)
+        begins = T.Or(lane == 0, place != before)
+        begins = call("ballot", T.cast(begins, "int32"))
+        rank = call("leading_zeros", begins << T.cast(31 - lane, "uint32"))
+        return let(T.if_then_else(used, rank + 1, 0))
+
+    def _key_outliers(self, block: Expr) -> None:
+        """Add the outliers' products with the queries into the warp's tile, [four rows, token,
+        row]."""
         case, warp, layout = self.case, self.warp, self.layout
         tile = let(self.own + layout.tile)
-        for i in range(case.row_stride):
-            place = tile + (i * TILE_ROW + warp.lane) * 4
-            call("write4", address(self.shared, place), T.uint32(0))
+        for start in range(0, case.row_stride, 4):
+            place = tile + start * (4 * BLOCK) + warp.lane * 16
+            call("write16", address(self.shared, place), *[T.uint32(0)] * 4)
         call("sync_warp")
-        half = case.size // 2
-        words = registers(4, "uint32")
+        words = registers(8, "uint32")
 
-        def use(entry: Expr) -> None:
+        def use(entry: Expr, in_turns: Callable[..., None]) -> None:
             token, channel = let(entry >> 24), let(entry >> 16 & 255)
-            value = _residual(entry)
-            second = let(channel >= half)
-            pair = let(T.if_then_else(second, channel - half, channel))
-            zero = T.float32(0)
+            second = let(T.cast(channel >= case.size // 2, "int32"))
+            pair = let(channel - second * (case.size // 2))
+            odd = let(T.cast(pair % 2, "uint32"))
+            residual = T.reinterpret("uint32", entry)
             if case.rotated:
-                at = let(stage + token * layout.row + pair // 2 * 8)
+                at = let(self.angles + token * layout.row + pair // 2 * 8)
                 call("copy8", address(words, 0), address(self.shared, at))
-                odd = let(T.cast(pair % 2 * 16, "uint32"))
-                cos, sin = (call("float_f16", words[i] >> odd) for i in range(2))
-                x = let(T.if_then_else(second, -sin, cos) * value * T.float32(FRACTION))
-                y = let(T.if_then_else(second, cos, sin) * value * T.float32(FRACTION))
+                # (cos, sin), or (-sin, cos) for the second channel of a pair
+                order = T.if_then_else(second > 0, T.uint32(0x1054), T.uint32(0x5410))
+                turn = call("permute", words[0], words[1], order + odd * T.uint32(0x2222))
+                turn = turn ^ T.cast(second << 15, "uint32")
+                residual = call("permute", residual, residual, T.uint32(0x1010))
+                factor = call("mul2", turn, residual)
             else:
-                x = let(T.if_then_else(second, zero, value) * T.float32(FRACTION))
-                y = let(T.if_then_else(second, value, zero) * T.float32(FRACTION))
+                order = T.if_then_else(second > 0, T.uint32(0x1044), T.uint32(0x4410))
+                factor = call("permute", residual, T.uint32(0), order)
+            factors = [call("permute", factor, factor, T.uint32(x)) for x in (0x1010, 0x3232)]
+            both = let(T.uint32(0x5410) + odd * T.uint32(0x2222))
             for start in range(0, case.row_stride, 4):
-                place = self.own + layout.query + (pair * case.row_stride + start) * 4
-                call("copy16", address(words, 0), address(self.shared, place))
-                for row in range(4):
-                    a = call("float_f16", words[row])
-                    b = call("float_f16", words[row] >> T.uint32(16))
-                    place = tile + ((start + row) * TILE_ROW + token) * 4
-                    part = call("round", a * x + b * y)
-                    call("atomic_add", address(self.shared, place), part)
+                for half in range(2):
+                    place = layout.fragment + self._fragment(start + 2 * half, pair // 2)
+                    call("copy16", address(words, half * 4), address(self.shared, self.own + place))
+                part: list[Expr] = []
+                for i in (0, 4):
+                    x, y = (call("permute", words[i + j], words[i + 2 + j], both) for j in range(2))
+                    sum_ = call("fma2", y, factors[1], call("mul2", x, factors[0]))
+                    part += call("float_f16", sum_), call("float_f16", sum_ >> T.uint32(16))
+                in_turns(self._adding(tile + (start * BLOCK + token * 4) * 4, part))
 
         self._each_entry("key", block, use)
         call("sync_warp")
 
-    def _value_outliers(self, block: Expr, turn: Expr) -> None:
-        """Add the outliers times the weights into the warp's [row, channel], as integers."""
+    def _value_outliers(self, block: Expr) -> None:
+        """Add the outliers times the weights into the warp's sums, [four rows, channel, row]."""
         case, warp, layout, flash = self.case, self.warp, self.layout, self.flash
         tile = let(self.own + layout.tile)
         call("sync_warp")
         for part in range(case.tiles):
-            with T.If(8 * part + 2 * warp.q < case.row_stride), T.Then():
+            row = let(8 * part + 2 * warp.q)
+            with T.If(row < case.row_stride), T.Then():
                 for i in range(4):
-                    place = (8 * i + warp.g) * case.row_stride + 8 * part + 2 * warp.q
+                    place = row // 4 * (16 * BLOCK) + (8 * i + warp.g) * 16 + row % 4 * 4
                     pair = [call("as_word", flash.scores[part * 8 + i * 2 + e]) for e in range(2)]
-                    call("write8", address(self.shared, tile + place * 4), *pair)
-        self._choose_fraction(block, turn)
+                    call("write8", address(self.shared, tile + place), *pair)
         call("sync_warp")
         words = registers(4, "uint32")
 
-        def use(entry: Expr) -> None:
+        def use(entry: Expr, in_turns: Callable[..., None]) -> None:
             token, channel = let(entry >> 24), let(entry >> 16 & 255)
-            value = let(_residual(entry) * self.fraction[0])
+            value = call("float_f16", T.reinterpret("uint32", entry))
             for start in range(0, case.row_stride, 4):
-                place = tile + (token * case.row_stride + start) * 4
+                place = tile + (start * BLOCK + token * 4) * 4
                 call("copy16", address(words, 0), address(self.shared, place))
-                for row in range(min(4, case.rows - start)):
-                    place = (start + row) * layout.sums + channel
-                    place = self.own + layout.extra + place * 4
-                    part = call("round", call("as_float", words[row]) * value)
-                    call("atomic_add", address(self.shared, place), part)
+                part = [let(call("as_float", words[i]) * value) for i in range(4)]
+                place = self.own + layout.extra + (start * case.value_size + channel * 4) * 4
+                in_turns(self._adding(place, part))
 
         self._each_entry("value", block, use)
-
-    def _choose_fraction(self, block: Expr, turn: Expr) -> None:
-        """Flush before integers can overflow: at most 32 are added to one of them in a turn."""
-        largest = registers(2)
-        store(largest, 0, self.flash.scores[0])
-        for i in range(1, self.case.tiles * 8):
-            store(largest, 0, T.max(largest[0], self.flash.scores[i]))
-        store(largest, 1, T.float32(0))
-
-        def use(entry: Expr) -> None:
-            store(largest, 1, T.max(largest[1], T.abs(_residual(entry))))
-
-        self._each_entry("value", block, use)
-        bound = [
-            call("as_float", call("warp_max_word", call("as_word", largest[i]))) for i in range(2)
-        ]
-        bound_ = let(bound[0] * bound[1])
-        full = T.Or(bound_ * self.fraction[0] > T.float32(2.0**21), turn % 16 == 15)
-        with T.If(full), T.Then():
-            self._flush()
-            least = T.max(bound_, T.float32(2.0**-100))
-            store(self.fraction, 0, T.min(self.fraction[0], T.float32(2.0**20) / least))
-            store(self.fraction, 1, T.float32(1) / self.fraction[0])
 
     def _flush(self) -> None:
-        """Add the integers [row, channel] to the outputs and clear them."""
+        """Add the values' sums to the outputs and clear them."""
         case, warp, flash = self.case, self.warp, self.flash
+        words = registers(2, "uint32")
         call("sync_warp")
         for tile in range(case.tiles):
-            with T.If(8 * tile + 2 * warp.q < case.row_stride), T.Then():
+            row = let(8 * tile + 2 * warp.q)
+            with T.If(row < case.row_stride), T.Then():
                 for part in range(case.value_size // 16):
                     for half in range(2):
+                        channel = part * 16 + half * 8 + warp.g
+                        place = (row // 4 * (4 * case.value_size) + channel * 4 + row % 4) * 4
+                        where = address(self.shared, self.own + self.layout.extra + place)
+                        call("copy8", address(words, 0), where)
+                        call("write8", where, T.uint32(0), T.uint32(0))
                         for e in range(2):
-                            row = 8 * tile + 2 * warp.q + e
-                            place = row * self.layout.sums + part * 16 + half * 8 + warp.g
-                            place = self.own + self.layout.extra + place * 4
-                            where = address(self.shared, place)
-                            sum_ = T.reinterpret("int32", call("read4", where))
                             at = (tile * flash.parts + part) * 4 + half * 2 + e
-                            sum_ = T.cast(sum_, "float32") * self.fraction[1]
-                            store(flash.out, at, flash.out[at] + sum_)
-                            call("write4", where, T.uint32(0))
+                            store(flash.out, at, flash.out[at] + call("as_float", words[e]))
         call("sync_warp")
-
-
-def _residual(entry: Expr) -> Expr:
-    return call("float_f16", T.cast(entry & 0xFFFF, "uint32"))

@@ -7,9 +7,6 @@ from dataclasses import dataclass
 from regraft.kernels.compiled import KernelError
 from regraft.kernels.kvquant.layout import BLOCK
 
-STAGES = 3
-TILE_ROW = 40
-"""Words of a row of the tile of 32 tokens, so that rows 2 * q of 8 tokens lie in other banks."""
 BARRIERS = 15
 """Those that a block of threads has besides the one of all its threads."""
 RESERVED = 1024
@@ -67,17 +64,17 @@ class Layout:
         rows = case.row_stride
         self.row = 2 * case.size
         self.row += (32 - self.row) % 128 if case.rotated else 0
-        self.stage = BLOCK * self.row if case.rotated else 0
+        self.angles = BLOCK * self.row if case.rotated else 0
         self.table = 256 * 4 ** max(case.key_bits, case.value_bits)
-        stages = RESERVED + self.blocks * STAGES * self.stage
-        self.own = -(-stages // self.table) * self.table + self.table
+        angles = RESERVED + self.blocks * self.angles
+        self.own = -(-angles // self.table) * self.table + self.table
+        self.two_rows = 4 * case.size + 64
         self.fragment = 4 * case.size
-        self.query = self.fragment + 2 * case.size * case.tiles * min(8, rows)
-        self.tile = self.query + (2 * case.size * rows if case.key_outliers else 0)
+        self.query = self.fragment + rows // 2 * self.two_rows
+        self.tile = self.query + (rows // 2 * self.two_rows if case.rotated else 0)
         either = case.key_outliers or case.value_outliers
-        self.extra = self.tile + (4 * TILE_ROW * rows if either else 0)
-        self.sums = case.value_size + 4
-        self.each = self.extra + (4 * self.sums * rows if case.value_outliers else 0)
+        self.extra = self.tile + (4 * BLOCK * rows if either else 0)
+        self.each = self.extra + (4 * case.value_size * rows if case.value_outliers else 0)
         self.bytes = self.own + self.warps * self.each
 
     @property
