@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from regraft.kernels.kvquant.codebook import Codebook, fixed, gaussian
+from regraft.kernels.kvquant.hadamard import hadamard
 from regraft.kernels.kvquant.reference import cap, ranges
 from regraft.kernels.kvquant.simulate import read_grouped_keys, read_keys, read_values
 from regraft.kernels.rotary.reference import rotate
@@ -84,10 +85,24 @@ def kivi(bits: int, layers: int, group: int = 32) -> Mode:
     return Mode(f"uniform (KIVI) {bits}-bit", bits + 32 / group, [pair] * layers, turned=True)
 
 
-def rotated(bits: int, layers: int, size: int) -> Mode:
-    """Data-free, after QuaRot (arXiv 2404.00456) and TurboQuant (arXiv 2504.19874): Hadamard
-    rotation of each head's rotated keys and of its values, a float16 norm a vector, and the
-    codebook of least error for a normal."""
+def rotated(bits: int, layers: int, heads: int, size: int, group: int = 64) -> Mode:
+    """KVQuant(codebook="rotated"): see ``passes/kvquant.py``."""
+    book, turn = fixed("lloyd_max", bits), hadamard(size)
+
+    def key(k: Tensor) -> Tensor:
+        return read_grouped_keys(k.float() @ turn, book, group) @ turn
+
+    def value(v: Tensor) -> Tensor:
+        return read_values(v.float() @ turn, book) @ turn
+
+    total = sum(token_bits(kind, bits, 0.0, heads, size, group) for kind in KINDS)
+    name = f"rotated {bits}-bit"
+    return Mode(name, total / (2 * heads * size), [(key, value)] * layers, turned=True)
+
+
+def rotated_vectors(bits: int, layers: int, size: int) -> Mode:
+    """Data-free, after TurboQuant (arXiv 2504.19874): Hadamard rotation of each head's rotated keys
+    and of its values, a float16 norm a vector, and the codebook of least error for a normal."""
     book, turn = gaussian(bits), hadamard(size)
 
     def read(x: Tensor) -> Tensor:
@@ -95,7 +110,8 @@ def rotated(bits: int, layers: int, size: int) -> Mode:
         scale = y.square().mean(-1, keepdim=True).sqrt().half().float()
         return scale * book.decode(book.encode(y / scale.clamp(min=1e-8))) @ turn
 
-    return Mode(f"rotated {bits}-bit", bits + 16 / size, [(read, read)] * layers, turned=True)
+    name = f"rotated vectors {bits}-bit"
+    return Mode(name, bits + 16 / size, [(read, read)] * layers, turned=True)
 
 
 def hqq(bits: int, layers: int, group: int = 64) -> Mode:
@@ -112,17 +128,6 @@ def hqq(bits: int, layers: int, group: int = 64) -> Mode:
         return Quantizer.dequantize(codes, meta).view(x.shape)
 
     return Mode(f"QuantizedCache hqq {bits}-bit", bits + 32 / group, [(read, read)] * layers, True)
-
-
-@cache
-def hadamard(size: int) -> Tensor:
-    """The orthogonal symmetric matrix of signs [size, size], size a power of two."""
-    if size & (size - 1):
-        raise ValueError(f"a Hadamard matrix of {size} rows: not a power of two")
-    out = torch.ones(1, 1)
-    while len(out) < size:
-        out = torch.cat((torch.cat((out, out), 1), torch.cat((out, -out), 1)))
-    return out / size**0.5
 
 
 def _by_vector(x: Tensor, book: Codebook) -> Tensor:

@@ -81,7 +81,8 @@ def modes(samples: Sequence[dict[str, Samples]], bits: Sequence[int]) -> list[Mo
     layers = len(samples)
     made, known = [], {}
     for each in bits:
-        made += [kv_modes.kivi(each, layers), kv_modes.rotated(each, layers, size)]
+        made += [kv_modes.kivi(each, layers), kv_modes.rotated(each, layers, heads, size)]
+        made.append(kv_modes.rotated_vectors(each, layers, size))
         plain = [_ranged(layer, each, "normal_float") for layer in samples]
         made.append(kv_modes.from_fits(f"normal-float {each}-bit", plain, heads, size))
         for share, suffix in ((0.0, ""), (SHARE, " + 1 %")):

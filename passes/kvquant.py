@@ -18,9 +18,9 @@ from regraft.passes.calibrate import KINDS, Fit, Samples, collect, fit, pieces
 from regraft.program import LayerState, Program, RegraftError
 from regraft.program.calibration import load_calibration
 
-CODEBOOKS = ("nuq", "lloyd_max", "normal_float", "uniform")
+CODEBOOKS = ("nuq", "lloyd_max", "normal_float", "uniform", "rotated")
 _CAUSAL = {"ids", "mask", "positions", "cache"}
-Fits = Sequence[Mapping[str, Fit]]
+EXACT = 16
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,17 @@ class KVQuant(Pass):
 
     Keys are coded per channel before rotation, values per token over all heads. bits: 2, 3, 4
     or 8 for all, {"key": 3, "value": 2}, or a budget of effective bits such as 3.35, spent where
-    it lowers the expected loss most; layers: {index: {"key": 4}} for single ones. outliers: the
-    share of elements kept beside their codes.
+    it lowers the expected loss most; layers: {index: {"key": 4}} for single ones, of 16 bits for
+    keys and values where a layer stays dense. outliers: the share of elements kept beside their
+    codes.
 
     Codebook "nuq" is fitted, with the ranges of keys, to the calibration batches of ``compile``,
     or read from the file ``calibration`` that ``save_calibration`` wrote. Without either, and for
     the codebooks "lloyd_max", "normal_float" and "uniform", keys have the range of each ``group``
-    of tokens, and values alone have outliers. qnorm: codes read with the spread of the data; by
-    default those of 2 bits. Source: KVQuant (arXiv 2401.18079), KIVI (arXiv 2402.02750).
+    of tokens, and values alone have outliers. "rotated" is "lloyd_max" for rotated keys and values
+    that a Hadamard matrix has spread over the channels of a head, without outliers. qnorm: codes
+    read with the spread of the data; by default those of 2 bits. Source: KVQuant (arXiv
+    2401.18079), KIVI (arXiv 2402.02750), QuaRot (arXiv 2404.00456).
     """
 
     bits: int | float | Mapping[str, int] = 4
@@ -52,8 +55,11 @@ class KVQuant(Pass):
 
     def __post_init__(self) -> None:
         every = [self.layer_bits(index) for index in (-1, *(self.layers or ()))]
-        if any(bits not in BITS for asked in every for bits in asked.values()):
-            raise RegraftError(f"KVQuant(bits={self.bits}): bits must be 2, 3, 4 or 8")
+        if any(set(bits.values()) != {EXACT} and set(bits.values()) - set(BITS) for bits in every):
+            raise RegraftError(
+                f"KVQuant(bits={self.bits}): bits must be 2, 3, 4 or 8, or {EXACT} for keys and "
+                "values of a layer"
+            )
         if any(set(asked) != set(KINDS) for asked in every):
             raise RegraftError('KVQuant: bits are given for "key" and "value" alone')
         if self.codebook not in CODEBOOKS:
@@ -79,6 +85,9 @@ class KVQuant(Pass):
         else:
             asked = dict.fromkeys(KINDS, 4 if isinstance(self.bits, float) else self.bits)
         return {**asked, **(self.layers or {}).get(index, {})}
+
+    def is_exact(self, index: int) -> bool:
+        return set(self.layer_bits(index).values()) == {EXACT}
 
     def identity(self) -> str:
         if self.calibration is None:
@@ -114,11 +123,13 @@ class KVQuant(Pass):
 
     def _state(self, index: int, fits: Mapping[str, Fit] | None = None) -> LayerState:
         """The state of a layer, calibrated or data-free."""
+        if self.is_exact(index):
+            return LayerState()
         settings: dict[str, Any] = {}
         tensors: dict[str, torch.Tensor] = {}
         for kind, bits in self.layer_bits(index).items():
             found = fits[kind] if fits else None
-            free = 0.0 if kind == "key" else self.outliers
+            free = 0.0 if kind == "key" or self.codebook == "rotated" else self.outliers
             settings[f"{kind}_bits"] = found.book.bits if found else bits
             settings[f"{kind}_outliers"] = found.outliers if found else free
             if found:
@@ -133,7 +144,9 @@ class KVQuant(Pass):
         batches = pieces(context.calibration, _vocabulary(program))
         samples = collect(program, nodes, batches, self.sink, context.tell)
         options: list[list[Option]] = []
-        for index, layer in enumerate(samples):
+        coded = [index for index in range(len(samples)) if not self.is_exact(index)]
+        for index in coded:
+            layer = samples[index]
             context.tell(f"codebooks {index + 1} of {len(samples)}")
             for kind, given in layer.items():
                 heads, size = given.x.shape[1], given.x.shape[3]
@@ -147,9 +160,13 @@ class KVQuant(Pass):
                     cost = token_bits(kind, bits, outliers, heads, size)
                     made.append(Option(cost, found.error, found))
                 options.append(made)
-        fits = [found.choice for found in self._within_budget(options, samples)]
+        found = self._within_budget(options, [samples[index] for index in coded])
+        fits = [option.choice for option in found]
         pairs = zip(fits[::2], fits[1::2], strict=True)
-        return [self._state(i, dict(zip(KINDS, pair, strict=True))) for i, pair in enumerate(pairs)]
+        known = {
+            i: dict(zip(KINDS, pair, strict=True)) for i, pair in zip(coded, pairs, strict=True)
+        }
+        return [self._state(index, known.get(index)) for index in range(len(samples))]
 
     def _within_budget(
         self, options: Sequence[Sequence[Option]], samples: Sequence[Mapping[str, Samples]]
@@ -167,7 +184,12 @@ class KVQuant(Pass):
         """The states of the calibration file, with this pass's own sink and tail."""
         layers = []
         for index, (node, state) in enumerate(zip(nodes, self._same_number(nodes), strict=True)):
+            if self.is_exact(index):
+                layers.append(LayerState())
+                continue
             settings = dict(state.settings)
+            if not settings:
+                raise RegraftError(f"{self.calibration}: layer {index} was not calibrated")
             key = node.args[1].meta["val"].shape
             if list(state.tensors["key_scale"].shape) != [1, key[1], 1, key[3]]:
                 raise RegraftError(f"{self.calibration}: layer {index} has other heads")

@@ -211,6 +211,7 @@ def new_layer(state: LayerState, kernels: bool = True) -> DenseLayer | Quantized
     if state.format == "dense":
         return DenseLayer()
     settings, tensors = dict(state.settings), state.tensors
+    spread = settings["codebook"] == "rotated"
     codings = []
     for kind in ("key", "value"):
         bits = settings[f"{kind}_bits"]
@@ -221,8 +222,8 @@ def new_layer(state: LayerState, kernels: bool = True) -> DenseLayer | Quantized
                 float(tensors[f"{kind}_unit"]),
             )
         else:
-            book = fixed(settings["codebook"], bits)
+            book = fixed("lloyd_max" if spread else settings["codebook"], bits)
         scale, zero, fisher = (tensors.get(f"{kind}_{n}") for n in ("scale", "zero", "fisher"))
         outliers = settings[f"{kind}_outliers"]
         codings.append(Coding(bits, book, outliers, scale, zero, settings["group"], fisher))
-    return QuantizedLayer(*codings, settings["sink"], settings["tail"], kernels)
+    return QuantizedLayer(*codings, settings["sink"], settings["tail"], kernels, spread)

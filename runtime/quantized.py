@@ -13,6 +13,7 @@ from regraft.kernels.attention.reference import attention
 from regraft.kernels.kvquant import dispatch, reference
 from regraft.kernels.kvquant.codebook import Codebook, fixed
 from regraft.kernels.kvquant.feedback import Feedback, feedback
+from regraft.kernels.kvquant.hadamard import hadamard
 from regraft.kernels.kvquant.layout import BLOCK, unpack_table
 from regraft.kernels.kvquant.reference import (
     Body,
@@ -123,12 +124,21 @@ class QuantizedLayer:
     At least the last ``tail`` tokens stay exact. Exact keys are kept rotated; what leaves the tail
     is turned back and coded. Channels lie in the pairs (i, i + D/2) that a rotation turns. In a
     left-padded batch a row's sink are its own first tokens: its padding follows them.
+
+    spread: queries, rotated keys and values are kept multiplied by ``hadamard``, and keys are not
+    turned back.
     """
 
     def __init__(
-        self, key: Coding, value: Coding, sink: int = 4, tail: int = 32, kernels: bool = True
+        self,
+        key: Coding,
+        value: Coding,
+        sink: int = 4,
+        tail: int = 32,
+        kernels: bool = True,
+        spread: bool = False,
     ) -> None:
-        self.sink, self.tail = sink, tail
+        self.sink, self.tail, self.spread = sink, tail, spread
         self._attend = dispatch.attend if kernels else reference.attend
         self.key, self.value = Store("key", key, kernels), Store("value", value, kernels)
         self._exact = Buffer(8, 1.0), Buffer(8, 1.0)
@@ -204,6 +214,7 @@ class QuantizedLayer:
         if table is not None:
             cos, sin = table.rows(start, start + q.shape[2], size // 2)
             q, k = rotate(torch.cat((q, k), 1), cos, sin).tensor_split([q.shape[1]], 1)
+        q, k, v = (self._spread(x) for x in (q, k, v))
         if mask is not None and not start:
             self._slots = _sinks_first(mask, self.sink)
         if self._slots is not None:
@@ -222,13 +233,17 @@ class QuantizedLayer:
             out = attention(q, *self._all(table), mask, scale, softcap, sinks)
         if k.shape[2] > self.tail:
             self._flush(table)
-        return out
+        return self._spread(out)
+
+    def _spread(self, x: Tensor) -> Tensor:
+        """There and, once more, back."""
+        return x @ hadamard(x.shape[-1], x.dtype, x.device) if self.spread else x
 
     def body(self, table: RotationTable | None) -> Body:
         """The packed tokens; table: their rotations."""
         key, coding = self.key.packed, self.key.coding
         rows = None
-        if table is not None:
+        if table is not None and not self.spread:
             rows = table.packed(self.sink, self.blocks, key.size // 2, key.layout)
         group = coding.group if coding.scale is None else 0
         return Body(key, self.value.packed, self.blocks, group, rows)
@@ -237,7 +252,7 @@ class QuantizedLayer:
         self, kind: int, table: RotationTable | None, interleaved: bool = False, offset: int = 0
     ) -> Tensor:
         """The rotated keys (kind 0) or the values (kind 1) [B, Hkv, T, *], decoded."""
-        out = self._all(table)[kind]
+        out = self._spread(self._all(table)[kind])
         order = _pairs(out.shape[-1], 0 if table is None else table.pairs, interleaved, offset)
         if order is not None and kind == 0:
             out = out[..., order.argsort()]
@@ -274,7 +289,7 @@ class QuantizedLayer:
         if count <= 0:
             return
         k, v = (buffer.view[:, :, self.sink : self.sink + count] for buffer in self._exact)
-        if table is not None:
+        if table is not None and not self.spread:
             start = self.sink + BLOCK * self.blocks
             cos, sin = table.rows(start, start + count, k.shape[-1] // 2)
             square = (cos * cos + sin * sin).repeat(1, 1, 2).unsqueeze(1)

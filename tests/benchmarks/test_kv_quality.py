@@ -67,14 +67,6 @@ def test_curve_is_read_between_its_points():
     assert [kv_quality._at(curve, x) for x in (2.5, 3.5, 5.0)] == [-0.5, -2.0, -5.0]
 
 
-@pytest.mark.parametrize("size", [2, 16, 64])
-def test_hadamard_is_orthogonal_and_its_own_inverse(size):
-    matrix = kv_modes.hadamard(size)
-    torch.testing.assert_close(matrix @ matrix, torch.eye(size))
-    with pytest.raises(ValueError, match="power of two"):
-        kv_modes.hadamard(12)
-
-
 def test_turned_keys_come_back_unrotated():
     angles = torch.rand(1, 9, 4)
     q, k, v = torch.randn(3, 1, 2, 9, 8)

@@ -85,6 +85,34 @@ def test_without_calibration_the_report_says_so(llama):
     assert "none was given: codes are data-free" in str(free.report)
 
 
+@pytest.mark.parametrize("codebook", ["lloyd_max", "normal_float", "uniform", "rotated"])
+def test_data_free_codebooks_follow_the_model(llama, codebook):
+    ids = torch.randint(0, 256, (1, 220), generator=torch.Generator().manual_seed(3))
+    expected = llama(ids).logits.detach()[:, 150:]
+    errors = []
+    for bits in (2, 4, 8):
+        model = regraft.compile(llama, [KVQuant(bits=bits, codebook=codebook)])
+        past = model(input_ids=ids[:, :150]).past_key_values
+        found = model(input_ids=ids[:, 150:], past_key_values=past).logits.detach()
+        errors.append(float((found - expected).norm() / expected.norm()))
+    assert errors == sorted(errors, reverse=True)
+    assert errors[1] < 0.1 and errors[2] < 0.01
+
+
+def test_sixteen_bits_stay_dense(llama, calibrated):
+    ids = torch.randint(0, 256, (1, 150), generator=torch.Generator().manual_seed(3))
+    model = regraft.compile(llama, [KVQuant(bits=16)])
+    assert [layer.format for layer in model.program.cache.layers] == ["dense"] * 2
+    past = model(input_ids=ids[:, :140]).past_key_values
+    found = model(input_ids=ids[:, 140:], past_key_values=past).logits.detach()
+    torch.testing.assert_close(found, llama(ids).logits.detach()[:, 140:], atol=1e-4, rtol=1e-4)
+    exact = {0: {"key": 16, "value": 16}}
+    mixed = compiled(llama, bits=3.5, layers=exact)
+    assert [layer.format for layer in mixed.program.cache.layers] == ["dense", "kvquant"]
+    with pytest.raises(RegraftError, match="16 for keys and values"):
+        KVQuant(bits={"key": 16, "value": 4})
+
+
 def test_budget_is_kept_and_spent(llama):
     model = compiled(llama, bits=3.5)
     found = [settings_of(model, i) for i in range(2)]

@@ -2,12 +2,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from regraft.kernels.kvquant.codebook import fixed
 from regraft.kernels.kvquant.layout import LAYOUTS, unpack_table
 from regraft.kernels.ops import causal_mask
 from regraft.kernels.rotary.reference import rotate
 from regraft.runtime.buffer import RotationTable
 from regraft.runtime.cache import CacheState, DenseLayer
-from regraft.runtime.quantized import QuantizedLayer
+from regraft.runtime.quantized import Coding, QuantizedLayer
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 
@@ -162,6 +163,24 @@ def test_quantized_eight_bits_is_close(rotated, chunks):
     assert layer.length == 400 and layer.floor > 0
     torch.testing.assert_close(out[:, :, : chunks[0]], dense[:, :, : chunks[0]], **TOLERANCE)
     torch.testing.assert_close(out, dense, atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_spread_channels_hide_outliers_and_read_back(interleaved):
+    q, k, v = qkv(2, 6, 2, 200)
+    v[..., 5] *= 20
+    book, rotation = Coding(3, fixed("lloyd_max", 3)), angles(200)
+    layers = [DenseLayer(), *(QuantizedLayer(book, book, spread=s) for s in (False, True))]
+    tables, options = [RotationTable() for _ in layers], {"interleaved": interleaved}
+    dense, plain, spread = (
+        feed(layer, q, k, v, [150, 40, 10], table, rotation, **options)
+        for layer, table in zip(layers, tables, strict=True)
+    )
+    assert (spread - dense).norm() < 0.8 * (plain - dense).norm()
+    for kind in (0, 1):
+        exact, read = (layers[i].read(kind, tables[i], interleaved) for i in (0, 2))
+        torch.testing.assert_close(read[:, :, :4], exact[:, :, :4], atol=1e-4, rtol=1e-4)
+        assert (read - exact).norm() < 0.25 * exact.norm()
 
 
 def test_error_falls_with_bits():
