@@ -72,6 +72,12 @@ FUNCTIONS: dict[str, tuple[str, str, str]] = {
     ),
     "mma_f16": ("void", _MMA_ARGUMENTS, _MMA.format("f16")),
     "mma_bf16": ("void", _MMA_ARGUMENTS, _MMA.format("bf16")),
+    "add_product": (
+        FLOAT,
+        "float x, float y, float z",
+        'float d; asm("{.reg .f32 t; mul.rn.f32 t, %2, %3; add.rn.f32 %0, %1, t;}" '
+        ': "=f"(d) : "f"(x), "f"(y), "f"(z)); return d;',
+    ),
     "transpose": (
         WORD,
         "unsigned a",

@@ -29,6 +29,28 @@ class Feedback:
     def to(self, device: torch.device) -> Feedback:
         return Feedback(self.matrix.to(device), self.weight.to(device))
 
+    def in_turn(
+        self, y: Tensor, midpoints: Tensor, levels: Tensor, exact: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Codes (uint8) of normalised y [B, H, T, D], and what they stand for, float32.
+
+        midpoints [L - 1] and levels [L] are float32; those that are exact (bool, as y) have no
+        error.
+        """
+        order = turns(y.shape[-1]).to(y.device)
+        y = y[..., order].permute(3, 0, 1, 2).contiguous()
+        steps = self.matrix.permute(1, 2, 0)[:, :, None, :, None]
+        aim, codes = y.clone(), torch.empty_like(y, dtype=torch.uint8)
+        kept = None if exact is None else exact[..., order].permute(3, 0, 1, 2)
+        for i in range(len(y)):
+            code = torch.bucketize(aim[i], midpoints)
+            read = levels[code]
+            codes[i] = code
+            error = y[i] - (read if kept is None else torch.where(kept[i], aim[i], read))
+            aim[i + 1 :] += error * steps[i, i + 1 :]
+        back = order.argsort()
+        return codes[back].permute(1, 2, 3, 0), aim[back].permute(1, 2, 3, 0)
+
 
 @cache
 def turns(size: int) -> Tensor:

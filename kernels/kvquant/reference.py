@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from regraft.kernels.kvquant.feedback import Feedback, turns
+from regraft.kernels.kvquant.feedback import Feedback
 from regraft.kernels.kvquant.layout import BLOCK, pack, unpack, unpack_table
 from regraft.kernels.rotary.reference import rotate
 
@@ -89,29 +89,11 @@ def encode(
     levels = book.levels.float() * book.unit
     target, aim = x.float(), y
     if feedback is None:
-        codes = torch.bucketize(y.contiguous(), book.midpoints)
+        codes = torch.bucketize(y.contiguous(), book.midpoints, out_int32=True)
     else:
-        codes, aim = _in_turn(y, book.midpoints, levels, feedback.matrix, exact)
+        codes, aim = feedback.in_turn(y, book.midpoints, levels, exact)
         target = target + (aim - y) * scale
-    return codes.to(torch.uint8), target, levels[codes] * scale + zero
-
-
-def _in_turn(
-    y: Tensor, midpoints: Tensor, levels: Tensor, matrix: Tensor, exact: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Codes and targets of normalised y [B, H, T, D]; see ``Feedback``."""
-    order = turns(y.shape[-1]).to(y.device)
-    y = y[..., order].permute(3, 0, 1, 2).contiguous()
-    steps = matrix.permute(1, 2, 0)[:, :, None, :, None]
-    aim, codes = y.clone(), torch.empty_like(y, dtype=torch.int64)
-    kept = None if exact is None else exact[..., order].permute(3, 0, 1, 2)
-    for i in range(len(y)):
-        codes[i] = torch.bucketize(aim[i], midpoints)
-        read = levels[codes[i]]
-        error = y[i] - (read if kept is None else torch.where(kept[i], aim[i], read))
-        aim[i + 1 :] += error * steps[i, i + 1 :]
-    back = order.argsort()
-    return codes[back].permute(1, 2, 3, 0), aim[back].permute(1, 2, 3, 0)
+    return codes.to(torch.uint8), target, levels[codes.int()] * scale + zero
 
 
 def quantize_keys(

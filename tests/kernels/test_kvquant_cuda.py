@@ -6,6 +6,8 @@ import torch
 
 from regraft.kernels.kvquant import cuda, reference
 from regraft.kernels.kvquant.codebook import fixed
+from regraft.kernels.kvquant.cuda.quantizing import OnGpu
+from regraft.kernels.kvquant.feedback import feedback
 from regraft.kernels.kvquant.layout import BLOCK, pack_table
 from regraft.kernels.kvquant.reference import Body
 from regraft.runtime.quantized import Coding, Store
@@ -126,3 +128,60 @@ def test_what_has_no_kernel():
         cuda.attend(q, replace(body, key=replace(body.key, bits=8)), *rest)
     with pytest.raises(cuda.KernelError, match="float32"):
         cuda.attend(q.float(), body, *rest)
+
+
+def coded(kind, size=128, bits=4, share=0.01, batch=2, heads=3, blocks=3):
+    """Arguments of quantize with error feedback, for costs of channels that go together."""
+    torch.manual_seed(0)
+    gradient = torch.randn(heads, 2 * size, size) * torch.randn(heads, 1, size)
+    gradient += 3 * torch.randn(heads, 2 * size, 1) * torch.randn(heads, 1, size)
+    x = torch.randn(batch, heads, BLOCK * blocks, size, device="cuda")
+    rows = [None, None]
+    if kind == "key":
+        rows = [2.5 + 0.3 * torch.rand(1, heads, 1, size), 0.1 * torch.randn(1, heads, 1, size)]
+        rows = [row.half().cuda() for row in rows]
+    fed = feedback((gradient.mT @ gradient).cuda(), rows[0])
+    book = Coding(bits, fixed("lloyd_max", bits)).to(x.device).book
+    return kind, x, book, bits, share, "cuda", *rows, fed
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {},
+        {"share": 0.0},
+        {"bits": 2, "share": 0.0},
+        {"bits": 3, "size": 96},
+        {"bits": 2, "size": 64},
+        {"size": 80},
+        {"size": 256, "bits": 3, "heads": 1},
+        {"blocks": 1},
+        {"batch": 1, "blocks": 64},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["key", "value"])
+def test_quantize(kind, case):
+    arguments = coded(kind, **case)
+    found, expected = cuda.quantize(*arguments), reference.quantize(*arguments)
+    for part in ("codes", "scale", "zero", "outliers", "offsets"):
+        one, other = getattr(found, part), getattr(expected, part)
+        assert (one is None) == (other is None), part
+        assert one is None or torch.equal(one, other), part
+    assert not torch.equal(found.codes, reference.quantize(*arguments[:-1]).codes)
+
+
+@pytest.mark.parametrize("size", [2, 66, 92])
+def test_in_turn_of_unusual_sizes(size):
+    _, x, book, *_, fed = coded("value", size=size)
+    exact = torch.rand_like(x) < 0.05
+    arguments = x, book.midpoints, book.levels.float() * book.unit, exact
+    found = OnGpu(fed.matrix, fed.weight).in_turn(*arguments)
+    assert all(map(torch.equal, found, fed.in_turn(*arguments)))
+
+
+def test_quantize_without_a_kernel():
+    kind, x, _, _, *rest = coded("value", share=0.0)
+    book = Coding(8, fixed("uniform", 8)).to(x.device).book
+    with pytest.raises(cuda.KernelError, match="256 levels"):
+        cuda.quantize(kind, x, book, 8, *rest)

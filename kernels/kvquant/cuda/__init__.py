@@ -1,4 +1,4 @@
-"""Attention to a quantized cache on CUDA, by kernels that TVM generates.
+"""Quantized caches on CUDA, attention to them and coding, by kernels that TVM generates.
 
 Raises KernelError where there is no kernel: the reference can take its place.
 """
@@ -14,9 +14,11 @@ from torch import Tensor
 
 from regraft.kernels.compiled import KernelError, kernel
 from regraft.kernels.kvquant.cuda.plan import Case, Layout
+from regraft.kernels.kvquant.cuda.quantizing import quantize
 from regraft.kernels.kvquant.layout import BLOCK
 from regraft.kernels.kvquant.reference import Body
 
+__all__ = ["KernelError", "attend", "quantize"]
 SIZES = (64, 80, 96, 128, 256)
 PROLOGUE = 4
 """Turns that the start and the end of a block of threads cost as much as."""

@@ -1,4 +1,4 @@
-"""How the attention kernel for CUDA is launched, and what lies where in its shared memory."""
+"""How the kernels for CUDA are launched, and what lies where in their shared memory."""
 
 from __future__ import annotations
 
@@ -85,3 +85,32 @@ class Layout:
     def parts(self, splits: int, exact: int) -> int:
         """Partial results of a row: those of ``splits`` ranges and of the exact tokens."""
         return (splits + -(-exact // (self.blocks * BLOCK))) * self.blocks
+
+
+PITCH, BYTE_PITCH = BLOCK + 1, BLOCK + 4
+"""Places of a channel's 32 numbers or bytes, such that few lanes share a bank either way."""
+
+
+@dataclass(frozen=True)
+class Turns:
+    """What the kernel that codes channels in turn is generated for: channels of a head, levels,
+    and whether some numbers are exact."""
+
+    size: int
+    levels: int
+    exact: bool
+
+    @property
+    def panel(self) -> int:
+        """Channels that are coded before all later ones learn of it."""
+        return next(n for n in (8, 4, 2) if self.size % n == 0)
+
+    @property
+    def floats(self) -> int:
+        """Of shared memory: what channels aim at, what they are, and two panels of the matrix."""
+        return 2 * self.size * (PITCH + self.panel)
+
+    @property
+    def bytes(self) -> int:
+        """All that a block of threads has."""
+        return 4 * self.floats + self.size * BYTE_PITCH
