@@ -179,7 +179,7 @@ IDS, START = torch.ones(2, 4, dtype=torch.long), torch.ones(2, 1, dtype=torch.lo
             {"input_ids": IDS, "decoder_input_ids": START, "decoder_attention_mask": IDS},
             "decoder_attention_mask must be",
         ),
-        ({"input_ids": IDS, "decoder_input_ids": IDS.repeat(1, 20)}, "limit of 96"),
+        ({"input_ids": IDS, "decoder_input_ids": IDS.repeat(1, 30)}, "limit of 96"),
         (
             {"input_ids": IDS, "decoder_input_ids": START, "past_key_values": ()},
             "past_key_values is a tuple",
