@@ -22,7 +22,16 @@ from regraft.kernels.kvquant.codebook import fixed
 from regraft.passes import DEFAULT, Context, KVQuant
 from regraft.passes import run as run_passes
 from regraft.passes.budget import Option, cheapest, token_bits
-from regraft.passes.calibrate import KINDS, Fit, Samples, collect, fit, quantiles
+from regraft.passes.calibrate import (
+    KINDS,
+    PIECES,
+    Fit,
+    Samples,
+    collect,
+    fit,
+    pieces,
+    quantiles,
+)
 from regraft.passes.recorder import Runner
 from regraft.program import Program
 
@@ -55,8 +64,9 @@ def _run(quick: bool) -> Result:
     run_passes(program, DEFAULT, Context())
     target = torch.ops.regraft.cached_attention.default
     nodes = program.graph.find_nodes(op="call_function", target=target)
-    with progress("calibration", count) as stage:
-        samples = collect(program, nodes, texts, SINK, stage)
+    parts = pieces(texts, None)
+    with progress("calibration", min(len(parts), PIECES)) as stage:
+        samples = collect(program, nodes, parts, SINK, stage)
     every = modes(samples, (4,) if quick else BITS)
     rows = []
     for size, (windows, _) in tests.items():

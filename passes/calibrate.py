@@ -18,7 +18,8 @@ from regraft.passes.recorder import record
 from regraft.program import Program, RegraftError
 from regraft.program.program import source_of
 
-LENGTH, GRADIENTS, ROUNDS = 2048, 4, 2
+LENGTH, PIECES, ROUNDS = 512, 16, 2
+"""Tokens of a piece of text, the most pieces that are used, how often ranges are fitted anew."""
 KINDS = ("key", "value")
 """Where cached_attention has them: arguments 1 and 2."""
 
@@ -99,25 +100,19 @@ def collect(
     sink: int,
     tell: Callable[[str], None],
 ) -> list[dict[str, Samples]]:
-    """A layer's keys and values over the batches [1, n], the first ``sink`` tokens left out.
-
-    GRADIENTS batches, evenly spread, come first and have gradients; of the others, only keys are
-    kept.
-    """
-    spread = sorted({i * len(batches) // GRADIENTS for i in range(GRADIENTS)})
-    order = [*spread, *(i for i in range(len(batches)) if i not in spread)]
+    """A layer's keys and values over batches [1, n] and the loss's gradients to them, the first
+    ``sink`` tokens left out. Of many batches PIECES are used, evenly spread."""
+    used = sorted({i * len(batches) // PIECES for i in range(PIECES)})
     kept: list[dict[str, list[Tensor]]] = [{} for _ in nodes]
-    for turn, index in enumerate(order):
-        tell(f"calibration {turn + 1} of {len(order)}")
-        differentiated = turn < len(spread)
-        found = record(program, dict.fromkeys(nodes, (1, 2)), batches[index], differentiated)
+    for turn, index in enumerate(used):
+        tell(f"calibration {turn + 1} of {len(used)}")
+        found = record(program, dict.fromkeys(nodes, (1, 2)), batches[index], True)
         _check_finite(found)
         for node, store in zip(nodes, kept, strict=True):
             for kind, (x, gradient) in zip(KINDS, found.pop(node), strict=True):
-                if differentiated or kind == "key":
-                    store.setdefault(kind, []).append(_half(x[:, :, sink:]))
-                if gradient is not None:
-                    store.setdefault(f"{kind} gradient", []).append(gradient[:, :, sink:].float())
+                assert gradient is not None
+                store.setdefault(kind, []).append(_half(x[:, :, sink:]))
+                store.setdefault(f"{kind} gradient", []).append(gradient[:, :, sink:].float())
     return [
         {
             kind: Samples(torch.cat(store[kind], 2), torch.cat(store[f"{kind} gradient"], 2))
