@@ -80,7 +80,7 @@ def _run(quick: bool) -> Result:
         chart="kl",
         extra={
             "texts": {size: names for size, (_, names) in tests.items()},
-            "calibration": f"{count} windows of {WINDOW} tokens of other documents",
+            "calibration": f"{min(len(parts), PIECES)} pieces of 512 tokens of other documents",
         },
     )
 

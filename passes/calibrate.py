@@ -26,8 +26,8 @@ KINDS = ("key", "value")
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """Keys or values float16 [1, H, n, D] of a layer, and the gradients float32 [1, H, m, D] of
-    the loss to the first m tokens of them."""
+    """Keys or values float16 [1, H, n, D] of a layer, and the gradients float32 of the loss to
+    them."""
 
     x: Tensor
     gradient: Tensor
@@ -82,7 +82,7 @@ def pieces(calibration: Sequence[Any], vocabulary: int | None) -> list[Tensor]:
         for row, kept in zip(ids, real, strict=True):
             found += [p[None] for p in row[kept.bool()].split(LENGTH) if len(p) > 1]
     if not found:
-        raise RegraftError("calibration is empty: give batches of token ids, 16 of 2048 are enough")
+        raise RegraftError("calibration is empty: give batches of token ids, 16 of 512 are enough")
     for ids in found:
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or (vocabulary is not None and high >= vocabulary):
@@ -139,7 +139,7 @@ def fit(kind: str, samples: Samples, bits: int, outliers: float, qnorm: bool) ->
         )
     channels = samples.x.shape[1] * samples.x.shape[3]
     count, fisher = cap(outliers, channels), samples.fisher
-    x, weight = samples.x[:, :, :tokens].float(), samples.gradient.square()
+    x, weight = samples.x.float(), samples.gradient.square()
     if kind == "key":
         book, y, weight, *ranges = _fit_keys(samples, x, weight, bits, outliers, count)
     else:

@@ -6,6 +6,7 @@ them fused.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -47,7 +48,7 @@ class Shape:
         return self.heads * self.size
 
 
-class Block:
+class Block(ABC):
     """One block; scale, zero and divisor (the scale, 1 for 0) are kept as float32."""
 
     def __init__(self, shape: Shape, a: Any, task: Expr, scales: int) -> None:
@@ -65,9 +66,9 @@ class Block:
         if shape.feedback:
             self.turns = Turns(self)
 
+    @abstractmethod
     def affine(self, buffer: Any, head: Expr, token: Expr, channel: Expr) -> Expr:
         """Scale, zero or divisor of a vector of channels of a token."""
-        raise NotImplementedError
 
     def x(self, head: Expr, token: Expr, channel: Expr, lanes: int = LANES) -> Expr:
         return load(self.a.x, self.b, head, self.first + token, channel, lanes=lanes)

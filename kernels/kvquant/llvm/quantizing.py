@@ -32,9 +32,10 @@ def quantize(
     """The reference's ``quantize``, bit for bit, except which of equal outliers are taken.
 
     Of equal errors of keys the first by head, token and channel are; of equal values the first
-    channels count as larger. level: one of LEVELS, the processor's best by default. Raises
-    KernelError for bits not in 2, 3, 4, other layouts, head sizes that are no multiples of 16 up
-    to 256, more than WIDEST channels, and where nothing can be compiled.
+    channels count as larger; feedback carries the difference on to codes. level: one of LEVELS,
+    the processor's best by default. Raises KernelError for bits not in 2, 3, 4, other layouts,
+    head sizes that are no multiples of 16 up to 256, more than WIDEST channels, and where nothing
+    can be compiled.
     """
     batch, heads, length, size = x.shape
     blocks, count = length // BLOCK, cap(share, heads * size)
