@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from regraft.benchmarks.harness import Check, Result, environment, progress, threads
+from regraft.kernels.attention import cuda
 from regraft.kernels.kvquant import reference
 from regraft.kernels.kvquant.codebook import fixed
 from regraft.kernels.kvquant.dispatch import kernels_of
@@ -32,7 +33,7 @@ MODES = {
     "4-bit": (4, 0.0), "4-bit 1 %": (4, 0.01), "3-bit 1 %": (3, 0.01), "2-bit 1 %": (2, 0.01),
 }  # fmt: skip
 EXACT, SAMPLE, ROUNDS, CACHE_BYTES = 64, 2048, 15, 200e6
-ROWS, GQA = "torch rows", "torch enable_gqa"
+ROWS, GQA, DENSE = "torch rows", "torch enable_gqa", "regraft dense"
 BACKENDS = {
     "torch cuDNN": SDPBackend.CUDNN_ATTENTION,
     "torch flash": SDPBackend.FLASH_ATTENTION,
@@ -102,7 +103,7 @@ def _measure(case: Case, rounds: int) -> list[dict[str, Any]]:
     sizes |= dict.fromkeys(dense, 2 * shared * size * case.context * case.batch * q.element_size())
     calls |= dense
     times = _times(case.device, calls, rounds)
-    torchs = {name: statistics.median(times[name]) for name in dense if name in times}
+    torchs = {name: statistics.median(times[name]) for name in times if name.startswith("torch")}
     best, ceiling = min(torchs.values()), _ceiling(case.device)
     rows = []
     for name, found in times.items():
@@ -235,6 +236,7 @@ def _dense(case: Case, q: Tensor) -> dict[str, list[Callable[[], Tensor]]]:
 
     makers: dict[str, Callable[[Tensor], Tensor]] = {GQA: gqa, ROWS: rows}
     if case.device == "cuda":
+        makers[DENSE] = lambda cache: cuda.attend(q, cache[0], cache[1], case.context)
         makers |= {name: partial(gqa, backend=backend) for name, backend in BACKENDS.items()}
     return {name: [partial(make, cache) for cache in caches] for name, make in makers.items()}
 

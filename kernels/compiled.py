@@ -12,6 +12,7 @@ import ctypes
 import hashlib
 import importlib.metadata
 import importlib.util
+import logging
 import os
 import re
 import shutil
@@ -40,7 +41,10 @@ multiply-add LLVM would split in two instructions without fast-dpwssd."""
 search_path: list[Path] = []
 """Folders that are looked in before the cache, first to last."""
 
+log = logging.getLogger("regraft")
 _loaded: dict[str, Callable[..., None]] = {}
+_failed: dict[str, str] = {}
+_told: set[str] = set()
 _files: dict[str, Path] = {}
 _kept: list[Any] = []
 
@@ -65,18 +69,36 @@ def kernel(
 
     ``target`` is TVM's, as a dictionary; ``key`` tells apart what else ``make`` depends on, by its
     repr. ``make`` is called, and TVM imported, only where no file of an earlier call is found.
-    Raises KernelError.
+    Raises KernelError, and again at each later call without another try.
     """
     identity = hashlib.sha256(repr((name, key, dict(target), _source())).encode()).hexdigest()[:24]
+    if identity in _failed:
+        raise KernelError(_failed[identity])
     if identity not in _loaded:
-        _prepare(target)
-        file = _find(f"{name}-{identity}.so", lambda path: _compile(path, name, make, target))
         try:
+            _prepare(target)
+            file = _find(f"{name}-{identity}.so", lambda path: _compile(path, name, make, target))
             _loaded[identity] = _load(file, name)
+        except KernelError as error:
+            _failed[identity] = str(error)
+            raise
         except (OSError, RuntimeError, ImportError, AttributeError) as error:
-            raise KernelError(f"kernel {name} cannot be loaded: {_line(error)}") from error
+            _failed[identity] = f"kernel {name} cannot be loaded: {_line(error)}"
+            raise KernelError(_failed[identity]) from error
         _files[identity] = file
     return _loaded[identity]
+
+
+def wanted() -> bool:
+    """Whether operators use kernels; REGRAFT_TVM=0 says no."""
+    return os.environ.get("REGRAFT_TVM") != "0"
+
+
+def tell(consequence: str, error: KernelError) -> None:
+    """Log once a message that something runs without its kernel."""
+    if str(error) not in _told:
+        _told.add(str(error))
+        log.warning("regraft: %s: %s", consequence, error)
 
 
 def files_in_use() -> list[Path]:

@@ -131,7 +131,7 @@ def passes() -> None:
 
 @app.command()
 def bench(
-    suite: str = typer.Argument(..., help="capture, decode or perplexity."),
+    suite: str = typer.Argument(..., help="A suite's name; an unknown one lists them."),
     quick: bool = typer.Option(False, "--quick", help="A subset, in about a minute."),
     json: Path | None = typer.Option(None, "--json", help="Write JSON here, .md and .png beside."),
     output: str = typer.Option("md", "--output", "-o", help="md, json or csv on stdout."),

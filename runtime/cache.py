@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from regraft.kernels.attention.reference import attention
+from regraft.kernels.attention.dispatch import attend
 from regraft.kernels.rotary.reference import rotate
 from regraft.runtime.buffer import Buffer, RotationTable, check_length
 from regraft.runtime.quantized import QuantizedLayer
@@ -18,8 +18,9 @@ class DenseLayer:
 
     floor = 0
 
-    def __init__(self) -> None:
+    def __init__(self, kernels: bool = True) -> None:
         self._key, self._value = Buffer(), Buffer()
+        self._kernels = kernels
 
     @property
     def length(self) -> int:
@@ -69,7 +70,10 @@ class DenseLayer:
         window: int = 0,
     ) -> Tensor:
         """Attend rotated q [B, Hq, S, D], the last S positions, to the whole cache."""
-        return attention(q, self.key, self.value, mask, scale, softcap, sinks, causal, window)
+        return attend(
+            *(q, self.key, self.value, mask, scale, softcap, sinks, causal, window),
+            kernels=self._kernels,
+        )
 
     def step(
         self,
@@ -119,7 +123,12 @@ class DenseLayer:
         assert key is not None and value is not None
         key.index_copy_(2, position, k)
         value.index_copy_(2, position, v)
-        return attention(q, key, value, mask, scale, softcap, sinks, causal=False)
+        return attend(
+            *(q, key, value, mask, scale, softcap, sinks),
+            causal=False,
+            position=position,
+            kernels=self._kernels,
+        )
 
     def advance(self) -> None:
         """Count the token that ``step_at`` wrote."""

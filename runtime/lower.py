@@ -209,7 +209,7 @@ def new_cache(spec: CacheSpec) -> CacheState:
 
 def new_layer(state: LayerState, kernels: bool = True) -> DenseLayer | QuantizedLayer:
     if state.format == "dense":
-        return DenseLayer()
+        return DenseLayer(kernels)
     settings, tensors = dict(state.settings), state.tensors
     spread = settings["codebook"] == "rotated"
     codings = []

@@ -17,7 +17,7 @@ from regraft.runtime.quantized import QuantizedLayer
 
 @torch.no_grad()
 def warm_up(program: Program) -> None:
-    """Decode a random token with each kind of quantized layer that the program has."""
+    """Decode a random token with each kind of layer that the program has."""
     if not program.cache.kernels:
         return
     target = torch.ops.regraft.cached_attention.default
@@ -30,12 +30,14 @@ def warm_up(program: Program) -> None:
         turn: Any = node.args[6] and spec_of(node.args[6])
         pairs = turn and turn[1][-1]
         kind = (state.format, state.settings, *parts, pairs, node.args[11:])
-        layer = new_layer(state)
-        if kind in seen or not isinstance(layer, QuantizedLayer):
+        if kind in seen or (state.format == "dense" and device.type != "cuda"):
             continue
         seen.add(kind)
+        layer = new_layer(state)
+        quantized = isinstance(layer, QuantizedLayer)
+        prompt = layer.sink + layer.tail + layer.key.step if quantized else 32
         table = RotationTable() if pairs else None
-        for length in (layer.sink + layer.tail + layer.key.step, 1):
+        for length in (prompt, 1):
             if table is not None:
                 table.append(*_rotation(length, pairs, device))
             qkv = (

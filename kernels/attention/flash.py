@@ -154,7 +154,7 @@ class Flash:
         partial: tuple[Any, Any, Any],
         place: Expr,
         first: Expr,
-        rows: int,
+        rows: Expr,
         channel: Callable[[int, int], Expr],
     ) -> None:
         """Write rows first.. of the partial result: outputs [place, rows, Dv], maximum and sum.
@@ -180,7 +180,7 @@ class Flash:
                             store(outputs, line * (self.parts * 16) + wide(at), value)
 
 
-def dense_query(q: Any, base: Expr, first: Expr, rows: int, size: int, tiles: int, warp: Warp):
+def dense_query(q: Any, base: Expr, first: Expr, rows: Expr, size: int, tiles: int, warp: Warp):
     """Operands of the queries [rows, size] at base for ``dense_scores``, 2 words a step."""
     width = _width(size)
     words = registers(tiles * size // 8, "uint32")
@@ -268,10 +268,10 @@ def merge(
     sinks: Any,
     out: Any,
     dtype: str,
-    rows: int,
-    queries: int,
+    rows: Expr,
+    queries: Expr,
     value_size: int,
-    heads: int,
+    heads: Expr,
     batch: Expr,
     parts: Expr,
 ) -> None:

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import importlib
-import logging
-import os
 from typing import Any
 
 from torch import Tensor
 
-from regraft.kernels.compiled import KernelError
+from regraft.kernels.compiled import KernelError, tell, wanted
 from regraft.kernels.kvquant import reference
 from regraft.kernels.kvquant.reference import Body, Packed
 
-log = logging.getLogger("regraft")
 MODULES = {"cpu": "regraft.kernels.kvquant.llvm", "cuda": "regraft.kernels.kvquant.cuda"}
-_told: set[str] = set()
 
 
 def attend(
@@ -44,16 +40,10 @@ def _first_of(name: str, device: str, arguments: tuple[Any, ...]) -> Any:
         try:
             return kernel(*arguments)
         except KernelError as error:
-            if str(error) not in _told:
-                _told.add(str(error))
-                log.warning("regraft: quantized caches run by reference, slower: %s", error)
+            tell("quantized caches run by reference, slower", error)
     return getattr(reference, name)(*arguments)
 
 
 def kernels_of(device: str) -> Any:
     """The module with a device's ``attend``, and ``quantize`` where it has one."""
     return importlib.import_module(MODULES[device])
-
-
-def wanted() -> bool:
-    return os.environ.get("REGRAFT_TVM") != "0"

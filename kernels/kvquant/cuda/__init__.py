@@ -5,13 +5,13 @@ Raises KernelError where there is no kernel: the reference can take its place.
 
 from __future__ import annotations
 
-import math
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from regraft.kernels import launch
 from regraft.kernels.compiled import KernelError, kernel
 from regraft.kernels.kvquant.cuda.plan import Case, Layout
 from regraft.kernels.kvquant.cuda.quantizing import quantize
@@ -68,7 +68,7 @@ def attend(
     table = none.half() if body.table is None else body.table
     exact_capacity = exact_key.stride(int(heads > 1)) // size
     function(
-        *(_flat(x) for x in (
+        *(launch.flat(x) for x in (
             *(q, key.codes, value.codes, key.levels, value.levels),
             *(key.scale, key.zero, value.scale, value.zero),
             *(none if x is None else x for part in (key, value)
@@ -87,16 +87,6 @@ def attend(
     return out
 
 
-def _flat(x: Tensor) -> Tensor:
-    """x as it lies in memory, gaps of a larger capacity included."""
-    if not x.numel():
-        return x.new_zeros(1)
-    if x.is_contiguous():
-        return x.view(-1)
-    span = 1 + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
-    return x.as_strided((span,), (1,))
-
-
 @cache
 def _none(device: torch.device) -> Tensor:
     return torch.zeros(1, dtype=torch.int32, device=device)
@@ -104,17 +94,10 @@ def _none(device: torch.device) -> Tensor:
 
 def _splits(layout: Layout, device: torch.device, batch: int, blocks: int, exact: int) -> int:
     """Into how many ranges of blocks the body is split: what takes the fewest rounds of turns."""
-    if not blocks:
-        return 0
     turns = -(-blocks // layout.blocks)
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    places = batch * layout.places
-
-    def cost(splits: int) -> float:
-        waves = math.ceil(places * (splits + bool(exact) / 4) / processors)
-        return waves * (-(-turns // splits) + PROLOGUE)
-
-    return min(range(1, min(turns, 4 * processors) + 1), key=cost)
+    more = bool(exact) / 4
+    return launch.splits(turns, batch * layout.places, processors, PROLOGUE, more)
 
 
 @cache
@@ -142,12 +125,10 @@ def _kernel(
         *(heads, groups, queries, *sizes, *bits, *outliers, rotated, softcap),
         properties.shared_memory_per_block_optin,
     )
-    arch = f"sm_{properties.major}{properties.minor}"
-    target = {"kind": "cuda", "arch": arch, "host": {"kind": "llvm"}}
 
     def make() -> Any:
         from regraft.kernels.kvquant.cuda.generate import build
 
         return build(case)
 
-    return kernel("kvquant_attend", make, target, case), Layout(case)
+    return kernel("kvquant_attend", make, launch.target(device), case), Layout(case)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regraft.kernels import launch
 from regraft.kernels.compiled import KernelError, kernel
 from regraft.kernels.kvquant import reference
 from regraft.kernels.kvquant.cuda.plan import Turns
@@ -67,12 +68,10 @@ def _kernel(device: torch.device, size: int, levels: int, exact: bool) -> Any:
         or case.bytes > properties.shared_memory_per_block_optin
     ):  # fmt: skip
         raise KernelError(f"no CUDA kernel codes heads of {size} with {levels} levels in turn")
-    arch = f"sm_{properties.major}{properties.minor}"
-    target = {"kind": "cuda", "arch": arch, "host": {"kind": "llvm"}}
 
     def make() -> Any:
         from regraft.kernels.kvquant.cuda.turns import build
 
         return build(case)
 
-    return kernel("kvquant_turns", make, target, case)
+    return kernel("kvquant_turns", make, launch.target(device), case)
