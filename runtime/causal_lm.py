@@ -131,6 +131,9 @@ class Compiled(GenerationMixin):
             )
         past = cache.state.length
         self._check(input_ids, attention_mask, past)
+        for name, x in (("attention_mask", attention_mask), ("position_ids", position_ids)):
+            if x is not None and x.device != self.device:
+                raise RegraftError(f"{name} is on {x.device}, the model on {self.device}")
         batch, length = input_ids.shape
         if attention_mask is None:
             attention_mask = input_ids.new_ones(batch, past + length)

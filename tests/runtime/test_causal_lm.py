@@ -63,6 +63,23 @@ def test_eight_bit_cache_follows_dense(llama, compiled):
     assert (dense - worst).abs().max() > (dense - quantised).abs().max()
 
 
+def test_rejected_drafts_leave_a_coded_cache_as_close(llama, compiled):
+    coded = regraft.compile(llama, [regraft.KVQuant(bits=8, tail=16, group=32)])
+    ids = torch.randint(3, 256, (1, 200))
+    dense = compiled(ids).logits
+    cache, length = coded.new_cache(), 0
+    while length < 200:
+        drafts = torch.randint(3, 256, (1, 6))
+        right = min(2, 200 - length)
+        drafts[:, :right] = ids[:, length : length + right]
+        logits = coded(drafts, past_key_values=cache).logits[:, :right]
+        cache.crop(length + right)
+        error = (dense[:, length : length + right] - logits).abs().max()
+        assert error < 0.02 * dense.abs().max()
+        length += right
+    assert cache.state.length == 200 and cache.state.layers[0].floor > 100
+
+
 def test_short_context_is_exact_with_codes(llama, compiled, batch):
     coded = regraft.compile(llama, [regraft.KVQuant(bits=2)])
     options = {"max_new_tokens": 12, "do_sample": False}
@@ -84,6 +101,14 @@ def test_short_context_is_exact_with_codes(llama, compiled, batch):
                 "attention_mask": torch.ones(1, 4, dtype=torch.long),
             },
             "attention_mask must be",
+        ),
+        ({"input_ids": torch.ones(1, 3, dtype=torch.long, device="meta")}, "is on meta, the model"),
+        (
+            {
+                "input_ids": torch.ones(1, 3, dtype=torch.long),
+                "attention_mask": torch.ones(1, 3, dtype=torch.long, device="meta"),
+            },
+            "attention_mask is on meta, the model",
         ),
     ],
 )
