@@ -7,4 +7,5 @@ SUITES = {
     "cuda": "regraft.benchmarks.cuda",
     "perplexity": "regraft.benchmarks.perplexity",
     "kv-quality": "regraft.benchmarks.kv_quality",
+    "onnx-export": "regraft.benchmarks.onnx_export",
 }

@@ -76,6 +76,27 @@ def compile_(
 
 
 @app.command()
+def export(
+    model: str = typer.Argument(..., help="A model folder, or smollm2."),
+    folder: Path = typer.Argument(..., metavar="OUT", help="The folder to write."),
+    kv_bits: str = BITS,
+    opset: int = typer.Option(20, "--opset", help="ONNX opset, 18 to 24."),
+    functions: bool = typer.Option(True, help="Keep operators as functions of ai.regraft."),
+    force: bool = typer.Option(False, "--force", help="Replace OUT if it exists."),
+    recipe: Path | None = typer.Option(None, "--recipe", help="A YAML file that lists passes."),
+) -> None:
+    """Export a model to an ONNX folder that onnxruntime runs, and check it there."""
+    passes = _passes(kv_bits)
+    loaded, tokenizer = _load(model)
+    compiled = _compile(loaded, passes, recipe, target="reference")
+    with _status(f"exporting to {folder}"):
+        written = compiled.export_onnx(
+            folder, opset=opset, functions=functions, tokenizer=tokenizer, force=force
+        )
+    out.print(str(written), markup=False, highlight=False)
+
+
+@app.command()
 def generate(
     prompt: str = typer.Option(..., "--prompt", "-p"),
     model: str = MODEL,
@@ -96,11 +117,15 @@ def inspect(
     markdown: bool = typer.Option(False, "--markdown", help="--diff as Markdown."),
 ) -> None:
     """Show what a model compiles to: signature, passes, cache."""
+    from regraft import RegraftError
+
     passes = _passes(kv_bits)
     if diff:
         text = _diff(model, passes, diff, markdown)
         return print(text or f"{diff} leaves the graph as it is")
     compiled, _ = _open(model, passes)
+    if compiled.program is None:
+        raise RegraftError(f"{model} is an export: inspect {model}/model.onnx")
     if graph:
         return print(compiled.program.text())
     out.print(_signature(compiled.program))
@@ -213,7 +238,7 @@ def _load(name: str, tokenizer: bool = True) -> tuple[Any, Any]:
 
 
 def _is_artefact(folder: Path) -> bool:
-    return (folder / "regraft.json").is_file()
+    return any((folder / name).is_file() for name in ("regraft.json", "model.onnx"))
 
 
 def _tokenizer(folder: Path) -> Any:
@@ -250,10 +275,12 @@ def _open(name: str, passes: list[Any], tokenizer: bool = False) -> tuple[Any, A
         return regraft.load(folder), words
 
 
-def _compile(model: Any, passes: list[Any], recipe: Path | None = None) -> Any:
+def _compile(
+    model: Any, passes: list[Any], recipe: Path | None = None, target: str = "cpu"
+) -> Any:
     import regraft
 
-    return regraft.compile(model, passes, recipe=recipe)
+    return regraft.compile(model, passes, recipe=recipe, target=target)
 
 
 def _generate(compiled: Any, tokenizer: Any, prompt: str, count: int) -> Any:

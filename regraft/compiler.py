@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -25,6 +27,9 @@ from regraft.runtime.regions import Workers, compile_regions
 from regraft.runtime.warm import warm_up
 
 
+TARGETS = ("cpu", "cuda", "onnx", "reference")
+
+
 @dataclass(frozen=True)
 class _Pipeline:
     """What happens to every captured program."""
@@ -39,7 +44,12 @@ class _Pipeline:
         self.stage(f"passes, {what}", advance=0)
 
     def steps(self, default: Sequence[Pass]) -> list[Pass]:
-        return [*default, *self.asked, *(() if self.target == "reference" else FINAL)]
+        return [*default, *self.asked, *(FINAL if self.compiles else ())]
+
+    @property
+    def compiles(self) -> bool:
+        """Whether regions and kernels are compiled: not for a reference or an export."""
+        return self.target not in ("reference", "onnx")
 
     def run(self, *parts: tuple[str, Program, Sequence[Pass]]) -> Report:
         """Run the passes over each part; an asked-for pass must match in one of them."""
@@ -47,7 +57,7 @@ class _Pipeline:
         report = Report()
         matches = [0] * len(self.asked)
         for name, program, default in parts:
-            if self.target == "reference":
+            if not self.compiles:
                 program.cache = replace(program.cache, kernels=False)
             folder = Path(self.dump_dir) / name if self.dump_dir is not None else None
             required = self.asked if len(parts) == 1 else ()
@@ -66,7 +76,7 @@ class _Pipeline:
         return report
 
     def compile_regions(self, program: Program, regions: Any, workers: Workers) -> None:
-        if self.target != "reference":
+        if self.compiles:
             self.stage("regions")
             with ThreadPoolExecutor(1) as pool:
                 kernels = pool.submit(warm_up, program)
@@ -91,7 +101,8 @@ def compile(
     or none, or a torch module or exported program. A torch module needs example_inputs, a
     tuple of positional or a dict of keyword inputs, and dynamic_shapes as torch.export takes it.
     passes run after the default ones, in the order given; each must match. recipe names a YAML
-    file that lists passes. dump_dir gets the printed graph after each pass. The weights are the
+    file that lists passes. target "onnx" exports a language model and runs it by onnxruntime,
+    "reference" runs it operator by operator. dump_dir gets the printed graph after each pass. The weights are the
     model's own tensors, fused projections excepted.
     """
     _check_target(model, target)
@@ -100,7 +111,7 @@ def compile(
         if not isinstance(item, Pass):
             raise RegraftError(f"{item!r} is not a pass; `regraft passes` lists them")
     with _progress(type(model).__name__) as stage:
-        pipeline = _Pipeline(asked, calibration or (), target, dump_dir, stage)
+        pipeline = _Pipeline(asked, () if calibration is None else calibration, target, dump_dir, stage)
         stage("capture")
         if not _generates(model):
             return _compile_module(model, example_inputs, dynamic_shapes, pipeline)
@@ -108,7 +119,18 @@ def compile(
             raise RegraftError("example_inputs and dynamic_shapes: a language model needs none")
         if model.config.is_encoder_decoder:
             return _compile_seq2seq(model, pipeline)
-        return _compile_causal_lm(model, pipeline)
+        compiled = _compile_causal_lm(model, pipeline)
+        return _in_onnxruntime(compiled, stage) if target == "onnx" else compiled
+
+
+def _in_onnxruntime(compiled: Compiled, stage: Callable[..., None]) -> Compiled:
+    """The compiled model exported to a folder that lives as long as what runs it."""
+    stage("export")
+    scratch = tempfile.TemporaryDirectory(prefix="regraft-")
+    compiled.export_onnx(Path(scratch.name))
+    loaded = load(scratch.name)
+    weakref.finalize(loaded, scratch.cleanup)
+    return loaded
 
 
 @contextmanager
@@ -204,16 +226,22 @@ def _compile_module(
 
 
 def _check_target(model: Any, target: str) -> None:
-    if target not in ("cpu", "cuda", "reference"):
-        raise RegraftError(f"unknown target {target!r}: 'cpu', 'cuda' or 'reference'")
+    if target not in TARGETS:
+        raise RegraftError(f"unknown target {target!r}: {', '.join(TARGETS)}")
     weights = model.parameters() if isinstance(model, torch.nn.Module) else ()
     device = next((weight.device for weight in weights), torch.device("cpu"))
-    if target != "reference" and device.type != target:
+    if target in ("cpu", "cuda") and device.type != target:
         raise RegraftError(f"the model is on {device}, the target is {target}: move the model")
 
 
 def load(folder: str | Path) -> Compiled:
-    """The compiled model that ``Compiled.save`` wrote; RegraftError where it is damaged."""
+    """The compiled model that ``Compiled.save`` wrote, or the exported one of
+    ``Compiled.export_onnx`` run by onnxruntime; RegraftError where it is damaged."""
+    folder = Path(folder)
+    if (folder / "model.onnx").is_file():
+        from regraft.runtime.onnx_lm import OnnxCausalLM
+
+        return OnnxCausalLM.load(folder)
     from regraft.runtime.artefact import load
 
     return load(folder)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -26,7 +25,7 @@ from transformers import AutoConfig, GenerationConfig
 from regraft.kernels.compiled import files_in_use, search_path
 from regraft.program import RegraftError
 from regraft.program.calibration import save_calibration
-from regraft.program.folders import cache_dir
+from regraft.program.folders import cache_dir, folder_written_whole, is_empty
 from regraft.program.serialize import (
     cache_tensors,
     program_from_json,
@@ -51,18 +50,13 @@ def save(compiled: Compiled, folder: str | Path) -> None:
     RegraftError when the folder exists and is not an artefact, or cannot be written.
     """
     folder = Path(folder).absolute()
-    if folder.exists() and not (folder / HEAD).is_file() and not _is_empty(folder):
+    if folder.exists() and not (folder / HEAD).is_file() and not is_empty(folder):
         raise RegraftError(f"{folder} exists and is no regraft artefact: name another folder")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
-            made = Path(scratch) / "made"
+        with folder_written_whole(folder) as made:
             for part in ("regions", "kernels"):
-                (made / part).mkdir(parents=True)
+                (made / part).mkdir()
             _write(compiled, made)
-            if folder.exists():
-                folder.rename(Path(scratch) / "old")
-            made.rename(folder)
     except (OSError, SafetensorError) as error:
         raise RegraftError(f"the artefact cannot be written to {folder}: {error}") from error
 
@@ -162,10 +156,6 @@ def _unshared(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, 
         else:
             same[name] = first[id(tensor)]
     return kept, same
-
-
-def _is_empty(folder: Path) -> bool:
-    return folder.is_dir() and not any(folder.iterdir())
 
 
 def _digest(path: Path) -> list[Any]:

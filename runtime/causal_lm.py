@@ -100,6 +100,29 @@ class Compiled(GenerationMixin):
         """Write an artefact that ``regraft.load`` reads: weights, graph, compiled regions."""
         save(self, folder)
 
+    def export_onnx(
+        self,
+        folder: str | Path,
+        *,
+        opset: int = 20,
+        functions: bool = True,
+        tokenizer: Any = None,
+        force: bool = False,
+    ) -> Any:
+        """Write one model.onnx for prefill, decode and verification, its weights beside it, and
+        the settings of transformers and onnxruntime-genai; the tokenizer's files too, if given.
+
+        ``regraft::`` operators become functions of domain ai.regraft in standard operators, or
+        with functions=False those operators themselves. What onnxruntime computes is compared
+        with this program first: returns the sizes and errors. RegraftError where an operator has
+        no ONNX form, where the comparison fails, and where the folder exists, unless force.
+        """
+        from regraft.frontends.export import export
+
+        return export(
+            self, folder, opset=opset, functions=functions, tokenizer=tokenizer, force=force
+        )
+
     def new_cache(self) -> SessionCache:
         return SessionCache(new_cache(self.program.cache))
 
@@ -173,12 +196,16 @@ class Compiled(GenerationMixin):
         limit = getattr(self.config.get_text_config(decoder=True), "max_position_embeddings", None)
         if limit and total > limit:
             raise RegraftError(f"{total} tokens are beyond the model's limit of {limit}")
-        served = [p.context for p in self.program.parts.values() if p.context is not None]
+        served = self._served()
         if served and total > min(served):
             raise RegraftError(
                 f"{total} tokens are beyond the {min(served)} that the captured graph serves: the "
                 "model's own code turns elsewhere for longer contexts"
             )
+
+    def _served(self) -> list[int]:
+        """The longest contexts of the captured graphs, where they have one."""
+        return [p.context for p in self.program.parts.values() if p.context is not None]
 
     def can_generate(self) -> bool:
         return True

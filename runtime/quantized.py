@@ -207,7 +207,7 @@ class QuantizedLayer:
         if size % 8 or v.shape[-1] % 8:
             raise ValueError("quantized caches need head sizes that are multiples of 8")
         self._flush(table)
-        order = _pairs(size, 0 if table is None else table.pairs, interleaved, offset)
+        order = pairs(size, 0 if table is None else table.pairs, interleaved, offset)
         if order is not None:
             q, k = q[..., order], k[..., order]
             self.key.arrange(order)
@@ -253,7 +253,7 @@ class QuantizedLayer:
     ) -> Tensor:
         """The rotated keys (kind 0) or the values (kind 1) [B, Hkv, T, *], decoded."""
         out = self._spread(self._all(table)[kind])
-        order = _pairs(out.shape[-1], 0 if table is None else table.pairs, interleaved, offset)
+        order = pairs(out.shape[-1], 0 if table is None else table.pairs, interleaved, offset)
         if order is not None and kind == 0:
             out = out[..., order.argsort()]
         return out if self._slots is None else _take(out, self._slots.argsort(1), 2)
@@ -376,12 +376,12 @@ def _take(x: Tensor, slots: Tensor, dim: int) -> Tensor:
 
 
 @cache
-def _pairs(size: int, rotated: int, interleaved: bool, offset: int) -> Tensor | None:
+def pairs(size: int, rotated: int, interleaved: bool, offset: int) -> Tensor | None:
     """The order of a head's channels in which pairs are D/2 apart; None: as they are."""
     if not interleaved and rotated in (0, size // 2):
         return None
     channels = torch.arange(size)
     part = channels[offset : offset + 2 * rotated]
-    pairs = part.view(-1, 2).mT if interleaved else part.view(2, -1)
+    turned = part.view(-1, 2).mT if interleaved else part.view(2, -1)
     rest = torch.cat((channels[:offset], channels[offset + 2 * rotated :])).view(2, -1)
-    return torch.cat((pairs, rest), 1).flatten()
+    return torch.cat((turned, rest), 1).flatten()

@@ -1,0 +1,11 @@
+"""ATen operators as ONNX nodes, a file a family; importing them registers their handlers."""
+
+from regraft.frontends.export.aten import (  # noqa: F401
+    creation,
+    elementwise,
+    indexing,
+    nn,
+    reduction,
+    shape,
+    sizes,
+)

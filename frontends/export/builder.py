@@ -1,0 +1,294 @@
+"""Appends ONNX nodes to a graph or to the body of a function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+import torch
+
+from regraft.program import CacheSpec
+
+DTYPES = {
+    torch.float32: ir.DataType.FLOAT,
+    torch.float64: ir.DataType.DOUBLE,
+    torch.float16: ir.DataType.FLOAT16,
+    torch.bfloat16: ir.DataType.BFLOAT16,
+    torch.int64: ir.DataType.INT64,
+    torch.int32: ir.DataType.INT32,
+    torch.int16: ir.DataType.INT16,
+    torch.int8: ir.DataType.INT8,
+    torch.uint8: ir.DataType.UINT8,
+    torch.uint16: ir.DataType.UINT16,
+    torch.bool: ir.DataType.BOOL,
+}
+TORCH = {onnx: dtype for dtype, onnx in DTYPES.items()}
+FLOAT, INT = torch.float32, torch.int64
+DOMAIN = "ai.regraft"
+Number = int | float | bool
+
+
+@dataclass(frozen=True)
+class Size:
+    """A dynamic size: an int64 tensor [1]."""
+
+    value: ir.Value
+
+
+Handler = Callable[..., Any]
+handlers: dict[str, Handler] = {}
+"""How an operator becomes ONNX nodes, by its name without overload."""
+
+
+def lowers(*names: str) -> Callable[[Handler], Handler]:
+    """Register handler(builder, *args, **kwargs) for operators such as "aten.add".
+
+    Tensors are ir.Values, dynamic sizes Sizes, everything else plain Python.
+    """
+
+    def register(handler: Handler) -> Handler:
+        handlers.update(dict.fromkeys(names, handler))
+        return handler
+
+    return register
+
+
+class Builder:
+    """Nodes in order. ``dtype`` is that of the operator's result that is being built, ``scope``
+    the module path that its nodes are named by."""
+
+    def __init__(self, opset: int, local: bool = False) -> None:
+        self.opset, self.local = opset, local
+        self.nodes: list[ir.Node] = []
+        self.functions: dict[str, ir.Function] = {}
+        self.dtype = torch.float32
+        self.scope = ""
+        self._constants: dict[Any, ir.Value] = {}
+        self._names: dict[str, int] = {}
+        self._transposed: dict[ir.Value, ir.Value] = {}
+        self._made: dict[Any, tuple[str, list[Any]]] = {}
+        self.cache = CacheSpec()
+        self.weights = Weights({})
+        self.inputs: list[ir.Value] = []
+        self.outputs: list[ir.Value] = []
+        self.tables: dict[ir.Value, tuple[ir.Value, ...]] = {}
+
+    def op(
+        self,
+        name: str,
+        *inputs: ir.Value | None,
+        dtype: torch.dtype | None = None,
+        outputs: int = 1,
+        domain: str = "",
+        **attributes: Any,
+    ) -> Any:
+        """A node's output, or list of outputs; their dtype is that of the first input by default.
+
+        An attribute may be an ir.Attr; those that are None are left out.
+        """
+        given = {key: value for key, value in attributes.items() if value is not None}
+        node = ir.Node(
+            domain,
+            name,
+            inputs,
+            ir.convenience.convert_attributes(given),
+            num_outputs=outputs,
+            name=self.unique(f"{self.scope}/{name}"),
+        )
+        self.nodes.append(node)
+        first = inputs[1:] if name == "Where" else inputs
+        kind = DTYPES[dtype] if dtype else next((x.dtype for x in first if x is not None), None)
+        for index, value in enumerate(node.outputs):
+            value.name = f"{node.name}_output_{index}"
+            value.type = ir.TensorType(kind) if kind is not None else None
+        return node.outputs[0] if outputs == 1 else list(node.outputs)
+
+    def unique(self, name: str) -> str:
+        count = self._names.get(name, 0)
+        self._names[name] = count + 1
+        return f"{name}_{count}" if count else name
+
+    def constant(self, value: Any, dtype: torch.dtype | None = None) -> ir.Value:
+        """A number, a nested list or a tensor as a Constant node, each once."""
+        tensor = torch.as_tensor(value, dtype=dtype)
+        key = tensor.dtype, tuple(tensor.shape), str(tensor.tolist())
+        if key not in self._constants:
+            made = self.op("Constant", dtype=tensor.dtype, value=to_ir(tensor.contiguous()))
+            made.shape = ir.Shape(tensor.shape)
+            self._constants[key] = made
+        return self._constants[key]
+
+    def to(self, x: Any, dtype: torch.dtype | None = None) -> ir.Value:
+        """x, a tensor, number or size, of this dtype, by default the result's."""
+        dtype = dtype or self.dtype
+        if isinstance(x, Size):
+            x = self.op("Squeeze", x.value, self.constant([0]))
+        if not isinstance(x, ir.Value):
+            return self.constant(x, dtype)
+        return x if x.dtype == DTYPES[dtype] else self.cast(x, dtype)
+
+    def cast(self, x: ir.Value, dtype: torch.dtype) -> ir.Value:
+        made = self.op("Cast", x, dtype=dtype, to=int(DTYPES[dtype]))
+        made.shape = x.shape
+        return made
+
+    def numbers(self, items: Sequence[Any]) -> ir.Value:
+        """Ints and sizes as one int64 tensor."""
+        if not any(isinstance(item, (Size, ir.Value)) for item in items):
+            return self.constant(list(items), INT)
+        parts = [self.vector(item) for item in items]
+        return parts[0] if len(parts) == 1 else self.op("Concat", *parts, axis=0)
+
+    def vector(self, item: Any) -> ir.Value:
+        """An int or a size as an int64 tensor [1]."""
+        if isinstance(item, Size):
+            return item.value
+        if isinstance(item, ir.Value):
+            return self.op("Reshape", self.to(item, INT), self.constant([1]))
+        return self.constant([item], INT)
+
+    def size(self, x: ir.Value, dim: int) -> ir.Value:
+        """x's size along dim, as an int64 tensor [1]."""
+        return self.op("Shape", x, dtype=INT, start=dim, end=dim + 1 or None)
+
+    def reshape(self, x: ir.Value, sizes: Sequence[Any]) -> ir.Value:
+        return self.op("Reshape", x, self.numbers(sizes))
+
+    def transpose(self, x: ir.Value, *order: int) -> ir.Value:
+        return self.op("Transpose", x, perm=list(order))
+
+    def slice(self, x: ir.Value, start: Any, stop: Any, axis: int, step: int = 1) -> ir.Value:
+        ends = (self.vector(item) for item in (start, stop))
+        return self.op("Slice", x, *ends, self.constant([axis]), self.constant([step]))
+
+    def unsqueeze(self, x: ir.Value, *axes: int) -> ir.Value:
+        return self.op("Unsqueeze", x, self.constant(list(axes)))
+
+    def squeeze(self, x: ir.Value, *axes: int) -> ir.Value:
+        return self.op("Squeeze", x, self.constant(list(axes)))
+
+    def transposed(self, weight: ir.Value) -> ir.Value:
+        """A matrix the other way round, one node a matrix."""
+        if weight not in self._transposed:
+            self._transposed[weight] = self.transpose(weight, 1, 0)
+        return self._transposed[weight]
+
+    def call(
+        self,
+        name: str,
+        body: Callable[..., Any],
+        *inputs: ir.Value | None,
+        outputs: int = 1,
+        **settings: Any,
+    ) -> Any:
+        """Call body(builder, *inputs, **settings) as a function of domain ai.regraft, or where
+        functions are not wanted build it here. Equal settings and shapes share a function."""
+        if not self.local:
+            return body(self, *inputs, **settings)
+        kinds = tuple(x and (x.dtype, tuple(x.shape or ())) for x in inputs)
+        key = name, str(kinds), str(settings)
+        if key not in self._made:
+            given = [x and ir.Value(name=f"x{i}", shape=x.shape, type=x.type)
+                     for i, x in enumerate(inputs)]  # fmt: skip
+            inner = Builder(self.opset)
+            inner.dtype = self.dtype
+            results = body(inner, *given, **settings)
+            results = [results] if outputs == 1 else list(results)
+            unique = self.unique(name)
+            graph = ir.Graph(
+                [x for x in given if x is not None], results, nodes=inner.nodes,
+                opset_imports={"": self.opset},
+            )  # fmt: skip
+            self.functions[unique] = ir.Function(DOMAIN, unique, graph=graph, attributes=[])
+            self._made[key] = unique, [(x.dtype, x.shape) for x in results]
+        unique, results = self._made[key]
+        some = [x for x in inputs if x is not None]
+        made = self.op(unique, *some, domain=DOMAIN, outputs=outputs)
+        for value, (dtype, shape) in zip([made] if outputs == 1 else made, results, strict=True):
+            value.type, value.shape = ir.TensorType(dtype), shape
+        return made
+
+    def either(
+        self,
+        condition: ir.Value,
+        then: Callable[[Builder], list[ir.Value]],
+        otherwise: Callable[[Builder], list[ir.Value]],
+        dtypes: Sequence[torch.dtype],
+    ) -> list[ir.Value]:
+        """The results of then(builder) or otherwise(builder), whose nodes may read those here."""
+        graphs: dict[str, Any] = {}
+        for name, body in (("then_branch", then), ("else_branch", otherwise)):
+            graphs[name] = self._graph([], body)
+        made = self.op("If", condition, outputs=len(dtypes), **graphs)
+        made = [made] if len(dtypes) == 1 else made
+        for value, dtype in zip(made, dtypes, strict=True):
+            value.type = ir.TensorType(DTYPES[dtype])
+        return made
+
+    def scan(
+        self, body: Callable[..., list[ir.Value]], states: list[ir.Value], items: list[ir.Value]
+    ) -> list[ir.Value]:
+        """body(builder, *states, *slices of items along their first dimension) gives new states
+        and results: the last states and all results."""
+        given = [
+            ir.Value(name=self.unique("scanned"), type=x.type)
+            for x in (*states, *items)
+        ]  # fmt: skip
+        graph = self._graph(given, lambda inner: body(inner, *given))
+        kinds = [x.type for x in graph.outputs]
+        made = self.op(
+            "Scan", *states, *items, outputs=len(kinds), body=graph, num_scan_inputs=len(items)
+        )
+        for value, kind in zip(made, kinds, strict=True):
+            value.type = kind
+        return made
+
+    def _graph(self, inputs: list[ir.Value], body: Callable[[Builder], list[ir.Value]]) -> ir.Graph:
+        inner = Builder(self.opset)
+        inner.dtype, inner.scope = self.dtype, self.unique(f"{self.scope}/body")
+        results = [inner.op("Identity", x) for x in body(inner)]
+        return ir.Graph(inputs, results, nodes=inner.nodes, name=inner.scope)
+
+    def range(self, stop: ir.Value) -> ir.Value:
+        """0 .. stop - 1, int64; stop [1]."""
+        zero, one = self.constant(0), self.constant(1)
+        return self.op("Range", zero, self.squeeze(stop, 0), one)
+
+
+class Weights:
+    """Initialisers by the tensors that they hold, each tensor once."""
+
+    def __init__(self, names: Mapping[str, str]) -> None:
+        self.names = names
+        self.values: dict[int, ir.Value] = {}
+        self._taken: set[str] = set()
+        self._kept: list[torch.Tensor] = []
+
+    def value(self, target: str, tensor: torch.Tensor) -> ir.Value:
+        if id(tensor) not in self.values:
+            name = self.names.get(target, target)
+            while name in self._taken:
+                name += "_"
+            self._taken.add(name)
+            self._kept.append(tensor)
+            held = to_ir(tensor.detach().cpu().contiguous(), name)
+            kind = ir.TensorType(DTYPES[tensor.dtype])
+            self.values[id(tensor)] = ir.Value(
+                name=name, shape=ir.Shape(tensor.shape), type=kind, const_value=held
+            )
+        return self.values[id(tensor)]
+
+
+def rank(x: ir.Value) -> int:
+    assert x.shape is not None
+    return len(x.shape)
+
+
+def to_ir(tensor: torch.Tensor, name: str | None = None) -> ir.TensorProtocol:
+    """The tensor for ONNX, sharing its memory."""
+    if tensor.dtype == torch.bfloat16:
+        array = tensor.view(torch.uint16).numpy()
+        return ir.Tensor(array.view(ir.DataType.BFLOAT16.numpy()), name=name)
+    return ir.Tensor(tensor.numpy(), name=name)

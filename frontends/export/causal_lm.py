@@ -1,0 +1,187 @@
+"""A compiled causal language model as a folder that onnxruntime and onnxruntime-genai run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import torch
+from torch import fx
+
+from regraft.frontends.export.builder import Builder
+from regraft.frontends.export.convert import convert
+from regraft.frontends.export.kvquant import quantized_lengths
+from regraft.program import Program, RegraftError, Report
+from regraft.program.folders import folder_written_whole, is_empty
+
+MODEL, DATA = "model.onnx", "model.onnx.data"
+OPSETS = range(18, 25)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export wrote: bytes of the files and of the weights, and for each check the largest
+    difference from the compiled program over the largest logit."""
+
+    folder: Path
+    file_bytes: int
+    weight_bytes: int
+    errors: dict[str, float]
+
+    def __str__(self) -> str:
+        checks = ", ".join(f"{name} {error:.1e}" for name, error in self.errors.items())
+        return f"{self.folder}: {self.file_bytes / 2**20:.0f} MiB; error over logits: {checks}"
+
+
+def export(
+    compiled: Any,
+    folder: str | Path,
+    *,
+    opset: int = 20,
+    functions: bool = True,
+    tokenizer: Any = None,
+    force: bool = False,
+) -> Exported:
+    """See ``Compiled.export_onnx``."""
+    from regraft.frontends.export.check import check
+
+    folder = Path(folder).absolute()
+    if opset not in OPSETS:
+        raise RegraftError(f"opset {opset}: {OPSETS[0]} to {OPSETS[-1]} can be written")
+    if folder.exists() and not is_empty(folder) and not force:
+        raise RegraftError(f"{folder} exists: name another folder, or ask for --force")
+    if folder.exists() and not folder.is_dir():
+        raise RegraftError(f"{folder} is a file: name a folder")
+    model = to_onnx(compiled.program, compiled.report, opset, functions)
+    weights = sum(w.const_value.nbytes for w in model.graph.initializers.values())  # type: ignore
+    try:
+        with folder_written_whole(folder) as made:
+            ir.save(model, made / MODEL, external_data=DATA, size_threshold_bytes=1024)
+            onnx.checker.check_model(str(made / MODEL))
+            compiled.config.save_pretrained(made)
+            compiled.generation_config.save_pretrained(made)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(made)
+            if all(layer.format == "dense" for layer in compiled.program.cache.layers):
+                settings = genai_config(compiled.config, compiled.generation_config, model.graph)
+                (made / "genai_config.json").write_text(json.dumps(settings, indent=2))
+            errors = check(made / MODEL, compiled)
+            size = sum((made / name).stat().st_size for name in (MODEL, DATA))
+    except OSError as error:
+        raise RegraftError(f"the export cannot be written to {folder}: {error}") from error
+    return Exported(folder, size, weights, errors)
+
+
+def to_onnx(program: Program, report: Report, opset: int = 20, functions: bool = True) -> ir.Model:
+    """The step of a program as one model: prefill, decode and verification alike."""
+    from regraft import __version__
+
+    if program.prefill is not None:
+        raise RegraftError("recurrent layers run prompts by other code: no single ONNX graph")
+    whole = quantized_lengths(_without_choice(program))
+    model = convert(whole, Builder(opset, functions), __version__)
+    rows = [{"pass": row.name, "matches": row.matches} for row in report.rows]
+    layers = sorted({layer.format for layer in program.cache.layers})
+    model.metadata_props.update(
+        regraft_version=__version__, regraft_passes=json.dumps(rows), regraft_cache=",".join(layers)
+    )
+    settings = [dict(layer.settings) for layer in program.cache.layers if layer.settings]
+    if settings:
+        model.metadata_props["regraft_cache_settings"] = json.dumps(settings)
+    return model
+
+
+def _without_choice(program: Program) -> Program:
+    """The program with the logits of all tokens, not of those to keep."""
+    copied = program.copy()
+    graph = copied.graph
+    nodes = graph.find_nodes(op="placeholder")
+    index = next(i for i, spec in enumerate(program.inputs) if spec.name == "logits_to_keep")
+    keep = nodes[index]
+    for user in list(keep.users):
+        if user.target is torch.ops.aten.index.Tensor and user.args[1] == [None, keep]:
+            user.replace_all_uses_with(user.args[0])
+            graph.erase_node(user)
+    if keep.users:
+        _keep_all(graph, nodes[0], keep)
+    graph.erase_node(keep)
+    copied.graph_module.recompile()
+
+    def renamed(spec: Any) -> Any:
+        return replace(
+            spec, shape=tuple("sequence_length" if n == "kept" else n for n in spec.shape)
+        )
+
+    return replace(
+        copied,
+        inputs=tuple(spec for i, spec in enumerate(program.inputs) if i != index),
+        outputs=tuple(renamed(spec) for spec in program.outputs),
+    )
+
+
+def _keep_all(graph: fx.Graph, ids: fx.Node, keep: fx.Node) -> None:
+    """Let what reads the positions to keep read all of them."""
+    with graph.inserting_before(next(n for n in graph.nodes if n.op != "placeholder")):
+        length = graph.call_function(torch.ops.aten.sym_size.int, (ids, 1))
+        every = graph.call_function(torch.ops.aten.arange.default, (length,))
+    every.meta["spec"] = torch.int64, ("sequence_length",)
+    keep.replace_all_uses_with(every)
+
+
+def genai_config(config: Any, generation: Any, graph: ir.Graph) -> dict[str, Any]:
+    """The settings that onnxruntime-genai reads."""
+    text = config.get_text_config(decoder=True)
+    caches = [v for v in graph.inputs if str(v.name).startswith("past_key_values.")]
+    keys = [v for v in caches if str(v.name).endswith(".key")]
+    ends = generation.eos_token_id if generation.eos_token_id is not None else config.eos_token_id
+    first = next((n for n in (generation.pad_token_id, config.pad_token_id) if n is not None), None)
+    pad = first if first is not None else (ends[0] if isinstance(ends, list) else ends)
+    longest = getattr(text, "max_position_embeddings", 2048)
+    head = int(keys[0].shape[3]) if keys else 0  # type: ignore[index, arg-type]
+    own = [v.name for v in graph.inputs if v not in caches]
+    return {
+        "model": {
+            "bos_token_id": config.bos_token_id or 0,
+            "eos_token_id": ends,
+            "pad_token_id": pad,
+            "context_length": longest,
+            "type": config.model_type,
+            "vocab_size": text.vocab_size,
+            "decoder": {
+                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+                "filename": MODEL,
+                "head_size": head,
+                "hidden_size": text.hidden_size,
+                "num_attention_heads": text.num_attention_heads,
+                "num_hidden_layers": len(keys),
+                "num_key_value_heads": int(keys[0].shape[1]) if keys else 0,  # type: ignore
+                "inputs": {name: name for name in own}
+                | {
+                    "past_key_names": "past_key_values.%d.key",
+                    "past_value_names": "past_key_values.%d.value",
+                },
+                "outputs": {
+                    "logits": "logits",
+                    "present_key_names": "present.%d.key",
+                    "present_value_names": "present.%d.value",
+                },
+            },
+        },
+        "search": {
+            "do_sample": bool(generation.do_sample),
+            "early_stopping": True,
+            "max_length": longest,
+            "min_length": 0,
+            "num_beams": 1,
+            "num_return_sequences": 1,
+            "past_present_share_buffer": False,
+            "repetition_penalty": generation.repetition_penalty or 1.0,
+            "temperature": generation.temperature or 1.0,
+            "top_k": generation.top_k or 50,
+            "top_p": generation.top_p or 1.0,
+        },
+    }

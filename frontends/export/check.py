@@ -1,0 +1,60 @@
+"""Whether onnxruntime computes with an export what the compiled program computes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regraft.program import RegraftError
+
+LIMITS = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+
+
+def check(path: Path, compiled: Any) -> dict[str, float]:
+    """The largest difference over the largest logit, by what was run: a prompt, tokens one by one
+    and three at once behind it, and a left-padded batch. RegraftError where it is too large."""
+    from regraft.runtime.onnx_lm import OnnxCausalLM
+
+    exported = OnnxCausalLM.open(path, compiled.config, compiled.generation_config)
+    vocab = compiled.config.get_text_config(decoder=True).vocab_size
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, max(vocab - 1, 4), (2, 16), generator=generator)
+    ones = torch.ones_like(ids)
+    padded = ones.clone()
+    padded[1, :5] = 0
+    errors = {}
+    with torch.inference_mode():
+        for name, mask, sizes in (
+            ("prefill", ones[:1], (12,)),
+            ("decode", ones[:1], (10, 1, 1)),
+            ("verify", ones[:1], (9, 3, 3)),
+            ("padded batch", padded, (11, 1, 3)),
+        ):
+            errors[name] = max(_errors(exported, compiled, ids[: len(mask)], mask, sizes))
+    limit = LIMITS.get(compiled.dtype, 1e-3)
+    worst = max(errors, key=lambda name: errors[name])
+    if not errors[worst] <= limit:
+        raise RegraftError(
+            f"the export differs from the compiled program: {worst} by {errors[worst]:.1e} of the "
+            f"largest logit, {limit:.0e} allowed; nothing was written"
+        )
+    return errors
+
+
+def _errors(one: Any, other: Any, ids: Tensor, mask: Tensor, sizes: tuple[int, ...]) -> list[float]:
+    start, found = 0, []
+    caches = one.new_cache(), other.new_cache()
+    for size in sizes:
+        part = slice(start, start + size)
+        start += size
+        got, want = (
+            model(ids[:, part], mask[:, :start], past_key_values=cache).logits.float()
+            for model, cache in zip((one, other), caches, strict=True)
+        )
+        seen = mask[:, part].bool()
+        error = (got - want)[seen].abs().max() / want[seen].abs().max()
+        found.append(float(error) if error == error else float("inf"))
+    return found

@@ -1,0 +1,203 @@
+"""An exported causal language model, run by onnxruntime behind the same interface."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from regraft.program import RegraftError
+from regraft.runtime.causal_lm import Compiled, SessionCache
+
+PAST, PRESENT = "past_key_values.", "present."
+TABLES = (f"{PAST}cos", f"{PAST}sin")
+TYPES = {
+    "tensor(float)": (np.float32, torch.float32),
+    "tensor(float16)": (np.float16, torch.float16),
+    "tensor(uint8)": (np.uint8, torch.uint8),
+    "tensor(uint16)": (np.uint16, torch.uint16),
+    "tensor(int64)": (np.int64, torch.int64),
+    "tensor(int32)": (np.int32, torch.int32),
+}
+
+
+class OnnxState:
+    """The past of one generation as onnxruntime's values; sink: tokens that stay exact in front of
+    quantized ones."""
+
+    states = None
+
+    def __init__(self, empty: dict[str, Any], sink: int = 0) -> None:
+        self.empty, self.sink = empty, sink
+        self.reset()
+
+    def reset(self) -> None:
+        self.past: dict[str, Any] = {}
+        self.length = self.batch = 0
+
+    @property
+    def layers(self) -> list[str]:
+        return [name for name in self.empty if name.endswith(".key")]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(value.numpy().nbytes for value in self.past.values())
+
+    @property
+    def floor(self) -> int:
+        """The shortest nonzero length truncate can reach."""
+        codes = (value.shape()[2] for name, value in self.past.items() if name.endswith("_codes"))
+        coded = max(codes, default=0)
+        return coded + self.sink if coded else 0
+
+    def feeds(self, batch: int) -> dict[str, Any]:
+        """The past, of no tokens at first."""
+        from onnxruntime import OrtValue
+
+        if not self.past:
+            self.batch = batch
+            self.past = {
+                name: OrtValue.ortvalue_from_numpy(np.zeros((batch, *shape), dtype))
+                for name, (shape, dtype) in self.empty.items()
+            }
+        return self.past
+
+    def truncate(self, length: int) -> None:
+        """Keep the first length tokens; only exact ones can be cut, or all of them."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot truncate a cache of length {self.length} to {length}")
+        if not length:
+            return self.reset()
+        if length < self.floor:
+            raise ValueError(
+                f"cannot truncate to {length}: tokens before {self.floor} are quantized; "
+                f"truncate to at least {self.floor}, or to 0"
+            )
+        gone = self.length - length
+
+        def cut(name: str, x: Any) -> Any:
+            if name.endswith((".key", ".value")):
+                return x[:, :, : x.shape[2] - gone]
+            return x[:, :length] if name.startswith(TABLES) else x
+
+        self._map(cut)
+        self.length = length
+
+    def reorder(self, index: Tensor) -> None:
+        """Replace batch row i by row index[i]; index [new B]."""
+        rows = index.cpu().numpy()
+        self._map(lambda _, x: x[rows])
+        self.batch = len(index)
+
+    def _map(self, function: Any) -> None:
+        from onnxruntime import OrtValue
+
+        self.past = {
+            name: OrtValue.ortvalue_from_numpy(np.ascontiguousarray(function(name, value.numpy())))
+            for name, value in self.past.items()
+        }
+
+
+class OnnxCausalLM(Compiled):
+    """What ``regraft.load`` returns for an exported folder: call it or ``generate``."""
+
+    program: Any = None
+
+    def __init__(self, session: Any, config: Any, generation_config: Any) -> None:
+        self.session, self.config = session, config
+        self.generation_config = copy.deepcopy(generation_config)
+        self.device, self.name_or_path = torch.device("cpu"), ""
+        self._names = {spec.name: spec for spec in session.get_inputs()}
+        self._outputs = [spec.name for spec in session.get_outputs()]
+        kinds = {spec.name: spec.type for spec in session.get_outputs()}
+        if "input_ids" not in self._names or "logits" not in kinds:
+            raise RegraftError("the model has no input_ids or no logits: not a language model")
+        self.dtype = TYPES[kinds["logits"]][1]
+        settings = session.get_modelmeta().custom_metadata_map.get("regraft_cache_settings", "[]")
+        self._sink = max((layer["sink"] for layer in json.loads(settings)), default=0)
+        self._run = self._step
+        self.regions = {}
+
+    @classmethod
+    def load(cls, folder: Path) -> OnnxCausalLM:
+        """The model of a folder with model.onnx, config.json and generation_config.json."""
+        from transformers import AutoConfig, GenerationConfig
+
+        try:
+            config = AutoConfig.from_pretrained(folder)
+        except (OSError, ValueError) as error:
+            raise RegraftError(
+                f"{folder} has no config.json that transformers reads: an exported language model "
+                "has one beside model.onnx"
+            ) from error
+        try:
+            generation = GenerationConfig.from_pretrained(folder)
+        except OSError:
+            generation = GenerationConfig.from_model_config(config)
+        return cls.open(folder / "model.onnx", config, generation)
+
+    @classmethod
+    def open(cls, path: Path, config: Any, generation_config: Any) -> OnnxCausalLM:
+        """RegraftError where onnxruntime refuses the file."""
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = torch.get_num_threads()
+        try:
+            session = onnxruntime.InferenceSession(
+                str(path), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:
+            first = str(error).splitlines()[0]
+            raise RegraftError(f"onnxruntime refuses {path.name}: {first}") from error
+        kind = type("Onnx" + (config.architectures or ["CausalLM"])[0], (cls,), {})
+        return kind(session, config, generation_config)
+
+    def __repr__(self) -> str:
+        layers = sum(name.endswith(".key") for name in self._names)
+        return f"{type(self).__name__}({layers} attention layers, onnxruntime)"
+
+    def save(self, folder: Any) -> None:
+        raise RegraftError("an exported model is its folder: copy that")
+
+    def new_cache(self) -> SessionCache:
+        past = {
+            name: (
+                tuple(n if isinstance(n, int) else 0 for n in spec.shape[1:]),
+                TYPES[spec.type][0],
+            )
+            for name, spec in self._names.items()
+            if name.startswith(PAST)
+        }
+        return SessionCache(OnnxState(past, self._sink))  # type: ignore[arg-type]
+
+    def _served(self) -> list[int]:
+        return []
+
+    def _step(
+        self, ids: Tensor, mask: Tensor, positions: Tensor, keep: Tensor, state: OnnxState
+    ) -> Tensor:
+        from onnxruntime import OrtValue
+
+        given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        feeds = {
+            name: OrtValue.ortvalue_from_numpy(x.to(torch.int64).contiguous().numpy())
+            for name, x in given.items()
+            if name in self._names
+        }
+        feeds |= state.feeds(ids.shape[0])
+        try:
+            results = self.session.run_with_ort_values(self._outputs, feeds)
+        except Exception as error:
+            raise RegraftError(f"onnxruntime: {str(error).splitlines()[0]}") from error
+        found = dict(zip(self._outputs, results, strict=True))
+        logits = torch.from_numpy(found.pop("logits").numpy())
+        state.past = {name.replace(PRESENT, PAST, 1): value for name, value in found.items()}
+        state.length += ids.shape[1]
+        return logits if len(keep) == logits.shape[1] else logits[:, keep]

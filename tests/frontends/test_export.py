@@ -1,0 +1,156 @@
+import json
+
+import onnx
+import pytest
+import torch
+
+import regraft
+from regraft import RegraftError
+from tests.conftest import tiny
+
+onnxruntime = pytest.importorskip("onnxruntime")
+MODELS = ["llama", "gemma2", "phi3", "mistral", "qwen2", "gpt2", "gpt_neox", "opt", "bloom"]
+
+
+@pytest.fixture(scope="module")
+def compiled(llama):
+    return regraft.compile(llama, target="reference")
+
+
+@pytest.fixture(scope="module")
+def folder(compiled, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export") / "llama"
+    compiled.export_onnx(folder)
+    return folder
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_every_export_is_checked_and_close(model_type, tmp_path):
+    compiled = regraft.compile(tiny(model_type), target="reference")
+    written = compiled.export_onnx(tmp_path / "out")
+    assert set(written.errors) == {"prefill", "decode", "verify", "padded batch"}
+    assert max(written.errors.values()) < 1e-4
+
+
+@pytest.mark.parametrize("opset", [18, 21, 23])
+@pytest.mark.parametrize("functions", [True, False])
+def test_opsets_and_functions(compiled, tmp_path, opset, functions):
+    compiled.export_onnx(tmp_path / "out", opset=opset, functions=functions)
+    model = onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False)
+    assert model.opset_import[0].version == opset
+    names = {function.name for function in model.functions}
+    assert names == ({"CausalMask", "CachedAttention"} if functions else set())
+
+
+def test_names_dims_and_files_are_those_of_optimum_and_genai(folder):
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    shapes = {
+        value.name: [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
+        for value in (*model.graph.input, *model.graph.output)
+    }
+    batch = "batch_size"
+    assert shapes["input_ids"] == shapes["position_ids"] == [batch, "sequence_length"]
+    assert shapes["attention_mask"] == [batch, "total_sequence_length"]
+    assert shapes["past_key_values.1.key"] == [batch, 2, "past_sequence_length", 16]
+    assert shapes["present.0.value"] == [batch, 2, "total_sequence_length", 16]
+    assert shapes["logits"][:2] == [batch, "sequence_length"]
+    assert "logits_to_keep" not in shapes
+    settings = json.loads((folder / "genai_config.json").read_text())["model"]["decoder"]
+    assert settings["inputs"]["past_key_names"] == "past_key_values.%d.key"
+    assert settings["num_key_value_heads"] == 2 and settings["head_size"] == 16
+    assert (folder / "config.json").is_file() and (folder / "generation_config.json").is_file()
+    passes = json.loads({p.key: p.value for p in model.metadata_props}["regraft_passes"])
+    assert {"pass": "RaiseAttention", "matches": 2} in passes
+
+
+def test_weights_are_stored_once(folder, llama):
+    size = sum(p.numel() * 4 for p in llama.parameters())
+    data = (folder / "model.onnx.data").stat().st_size
+    assert data < 1.02 * size + 2**16
+
+
+def test_nodes_are_named_by_module(folder):
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    names = {node.name for node in model.graph.node}
+    assert "/model/layers/0/self_attn/o_proj/MatMul" in names
+
+
+def test_a_loaded_export_generates_alike(folder, llama, batch):
+    exported = regraft.load(folder)
+    for settings in ({}, {"num_beams": 3}):
+        made = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0, **settings}
+        assert torch.equal(llama.generate(**batch, **made), exported.generate(**batch, **made))
+
+
+def test_onnx_is_a_target(llama, batch):
+    exported = regraft.compile(llama, target="onnx")
+    want = llama(**batch).logits[:, -1]
+    assert (exported(**batch).logits[:, -1] - want).abs().max() < 1e-4 * want.abs().max()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"bits": 4},
+        {"bits": {"key": 3, "value": 2}, "outliers": 0.03},
+        {"bits": 8, "outliers": 0.0},
+        {"bits": 2, "tail": 16},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_quantised_exports_follow_the_compiled_program(llama, tmp_path, settings, calibrated):
+    texts = torch.randint(3, 256, (2, 256)).split(1) if calibrated else None
+    quantized = regraft.KVQuant(**settings)
+    compiled = regraft.compile(llama, [quantized], calibration=texts, target="reference")
+    compiled.export_onnx(tmp_path / "out")
+    exported = regraft.load(tmp_path / "out")
+    ids = torch.randint(3, 256, (2, 300))
+    caches = exported.new_cache(), compiled.new_cache()
+    start = 0
+    for size in (120, 5, 1, 60, 1, 1, 80, 3):
+        part = ids[:, start : start + size]
+        start += size
+        got, want = (
+            model(part, past_key_values=cache).logits
+            for model, cache in zip((exported, compiled), caches, strict=True)
+        )
+        assert (got - want).abs().max() < 2e-3 * want.abs().max()
+    assert caches[0].state.floor > 100
+    with pytest.raises(ValueError, match="quantized"):
+        caches[0].crop(20)
+    caches[0].crop(start - 2)
+    assert caches[0].state.length == start - 2
+
+
+def test_bad_requests(compiled, folder, tmp_path):
+    with pytest.raises(RegraftError, match="exists: name another folder"):
+        compiled.export_onnx(folder)
+    with pytest.raises(RegraftError, match="opset 12"):
+        compiled.export_onnx(tmp_path / "out", opset=12)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RegraftError, match="file"):
+        compiled.export_onnx(tmp_path / "file", force=True)
+    with pytest.raises(RegraftError, match="cannot be written"):
+        compiled.export_onnx("/proc/regraft/out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_export_is_refused(folder, tmp_path):
+    for name in ("config.json", "model.onnx"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes()[:1000])
+    with pytest.raises(RegraftError):
+        regraft.load(tmp_path)
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    with pytest.raises(RegraftError, match="onnxruntime refuses model.onnx"):
+        regraft.load(tmp_path)
+
+
+def test_a_wrong_export_is_not_written(compiled, tmp_path, monkeypatch):
+    from regraft.frontends.export.builder import handlers
+
+    right = handlers["aten.rsqrt"]
+    monkeypatch.setitem(handlers, "aten.rsqrt", lambda b, x: b.op("Mul", right(b, x), b.to(1.5)))
+    with pytest.raises(RegraftError, match="differs from the compiled program"):
+        compiled.export_onnx(tmp_path / "out")
+    assert not list(tmp_path.iterdir())
