@@ -190,15 +190,15 @@ def _step(
         cache.crop(-1)
         ready = dict(cache.state.past)
     else:
-        ready = {
-            name: value(x.numpy()) for name, x in zip(_in_layers(states), past, strict=True)
-        }
+        ready = {name: value(x.numpy()) for name, x in zip(_in_layers(states), past, strict=True)}
     ready |= {name: value(x.numpy()) for name, x in feeds.items()}
 
     def step() -> Any:
         return session.run_with_ort_values(outputs, ready)
 
-    made = torch.from_numpy(step()[outputs.index(next(n for n in outputs if "logits" in n))].numpy())
+    made = torch.from_numpy(
+        step()[outputs.index(next(n for n in outputs if "logits" in n))].numpy()
+    )
     error = (made.flatten()[-len(logits) :] - logits).abs().max() / logits.abs().max()
     return step, float(error)
 

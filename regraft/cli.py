@@ -82,6 +82,7 @@ def export(
     kv_bits: str = BITS,
     opset: int = typer.Option(20, "--opset", help="ONNX opset, 18 to 24."),
     functions: bool = typer.Option(True, help="Keep operators as functions of ai.regraft."),
+    contrib: bool = typer.Option(False, "--contrib", help="Use onnxruntime's fused operators."),
     force: bool = typer.Option(False, "--force", help="Replace OUT if it exists."),
     recipe: Path | None = typer.Option(None, "--recipe", help="A YAML file that lists passes."),
 ) -> None:
@@ -91,7 +92,12 @@ def export(
     compiled = _compile(loaded, passes, recipe, target="reference")
     with _status(f"exporting to {folder}"):
         written = compiled.export_onnx(
-            folder, opset=opset, functions=functions, tokenizer=tokenizer, force=force
+            folder,
+            opset=opset,
+            functions=functions,
+            contrib=contrib,
+            tokenizer=tokenizer,
+            force=force,
         )
     out.print(str(written), markup=False, highlight=False)
 
@@ -275,9 +281,7 @@ def _open(name: str, passes: list[Any], tokenizer: bool = False) -> tuple[Any, A
         return regraft.load(folder), words
 
 
-def _compile(
-    model: Any, passes: list[Any], recipe: Path | None = None, target: str = "cpu"
-) -> Any:
+def _compile(model: Any, passes: list[Any], recipe: Path | None = None, target: str = "cpu") -> Any:
     import regraft
 
     return regraft.compile(model, passes, recipe=recipe, target=target)

@@ -111,7 +111,9 @@ def compile(
         if not isinstance(item, Pass):
             raise RegraftError(f"{item!r} is not a pass; `regraft passes` lists them")
     with _progress(type(model).__name__) as stage:
-        pipeline = _Pipeline(asked, () if calibration is None else calibration, target, dump_dir, stage)
+        pipeline = _Pipeline(
+            asked, () if calibration is None else calibration, target, dump_dir, stage
+        )
         stage("capture")
         if not _generates(model):
             return _compile_module(model, example_inputs, dynamic_shapes, pipeline)

@@ -106,6 +106,7 @@ class Compiled(GenerationMixin):
         *,
         opset: int = 20,
         functions: bool = True,
+        contrib: bool = False,
         tokenizer: Any = None,
         force: bool = False,
     ) -> Any:
@@ -113,14 +114,21 @@ class Compiled(GenerationMixin):
         the settings of transformers and onnxruntime-genai; the tokenizer's files too, if given.
 
         ``regraft::`` operators become functions of domain ai.regraft in standard operators, or
-        with functions=False those operators themselves. What onnxruntime computes is compared
-        with this program first: returns the sizes and errors. RegraftError where an operator has
-        no ONNX form, where the comparison fails, and where the folder exists, unless force.
+        with functions=False those operators themselves. With contrib the file uses onnxruntime's
+        own fused operators where they fit, and runs on onnxruntime alone, where a batch then
+        goes on by one token at a time. What onnxruntime computes is compared with this program
+        first: returns the sizes and errors. RegraftError where an operator has no ONNX form, where
+        the comparison fails, and where the folder exists, unless force.
         """
         from regraft.frontends.export import export
 
         return export(
-            self, folder, opset=opset, functions=functions, tokenizer=tokenizer, force=force
+            *(self, folder),
+            opset=opset,
+            functions=functions,
+            contrib=contrib,
+            tokenizer=tokenizer,
+            force=force,
         )
 
     def new_cache(self) -> SessionCache:

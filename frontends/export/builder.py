@@ -57,10 +57,12 @@ def lowers(*names: str) -> Callable[[Handler], Handler]:
 
 class Builder:
     """Nodes in order. ``dtype`` is that of the operator's result that is being built, ``scope``
-    the module path that its nodes are named by."""
+    the module path that its nodes are named by. local: operators become functions; contrib: those
+    of onnxruntime may be used, ``fused`` counts them."""
 
-    def __init__(self, opset: int, local: bool = False) -> None:
-        self.opset, self.local = opset, local
+    def __init__(self, opset: int, local: bool = False, contrib: bool = False) -> None:
+        self.opset, self.local, self.contrib = opset, local, contrib
+        self.fused: dict[str, int] = {}
         self.nodes: list[ir.Node] = []
         self.functions: dict[str, ir.Function] = {}
         self.dtype = torch.float32

@@ -24,17 +24,21 @@ OPSETS = range(18, 25)
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export wrote: bytes of the files and of the weights, and for each check the largest
-    difference from the compiled program over the largest logit."""
+    """What an export wrote: bytes of the files and of the weights, for each check the largest
+    difference from the compiled program over the largest logit, and how many of onnxruntime's own
+    operators were used."""
 
     folder: Path
     file_bytes: int
     weight_bytes: int
     errors: dict[str, float]
+    fused: dict[str, int]
 
     def __str__(self) -> str:
         checks = ", ".join(f"{name} {error:.1e}" for name, error in self.errors.items())
-        return f"{self.folder}: {self.file_bytes / 2**20:.0f} MiB; error over logits: {checks}"
+        used = "".join(f"; {count} {name}" for name, count in self.fused.items())
+        size = f"{self.file_bytes / 2**20:.0f} MiB"
+        return f"{self.folder}: {size}{used}; error over logits: {checks}"
 
 
 def export(
@@ -43,6 +47,7 @@ def export(
     *,
     opset: int = 20,
     functions: bool = True,
+    contrib: bool = False,
     tokenizer: Any = None,
     force: bool = False,
 ) -> Exported:
@@ -56,7 +61,7 @@ def export(
         raise RegraftError(f"{folder} exists: name another folder, or ask for --force")
     if folder.exists() and not folder.is_dir():
         raise RegraftError(f"{folder} is a file: name a folder")
-    model = to_onnx(compiled.program, compiled.report, opset, functions)
+    model, fused = to_onnx(compiled.program, compiled.report, opset, functions, contrib)
     weights = sum(w.const_value.nbytes for w in model.graph.initializers.values())  # type: ignore
     try:
         with folder_written_whole(folder) as made:
@@ -69,21 +74,29 @@ def export(
             if all(layer.format == "dense" for layer in compiled.program.cache.layers):
                 settings = genai_config(compiled.config, compiled.generation_config, model.graph)
                 (made / "genai_config.json").write_text(json.dumps(settings, indent=2))
-            errors = check(made / MODEL, compiled)
+            errors = check(made / MODEL, compiled, together=not fused)
             size = sum((made / name).stat().st_size for name in (MODEL, DATA))
     except OSError as error:
         raise RegraftError(f"the export cannot be written to {folder}: {error}") from error
-    return Exported(folder, size, weights, errors)
+    return Exported(folder, size, weights, errors, fused)
 
 
-def to_onnx(program: Program, report: Report, opset: int = 20, functions: bool = True) -> ir.Model:
-    """The step of a program as one model: prefill, decode and verification alike."""
+def to_onnx(
+    program: Program,
+    report: Report,
+    opset: int = 20,
+    functions: bool = True,
+    contrib: bool = False,
+) -> tuple[ir.Model, dict[str, int]]:
+    """The step of a program as one model, prefill, decode and verification alike; and how many of
+    onnxruntime's own operators it uses."""
     from regraft import __version__
 
     if program.prefill is not None:
         raise RegraftError("recurrent layers run prompts by other code: no single ONNX graph")
     whole = quantized_lengths(_without_choice(program))
-    model = convert(whole, Builder(opset, functions), __version__)
+    builder = Builder(opset, functions, contrib)
+    model = convert(whole, builder, __version__)
     rows = [{"pass": row.name, "matches": row.matches} for row in report.rows]
     layers = sorted({layer.format for layer in program.cache.layers})
     model.metadata_props.update(
@@ -92,7 +105,7 @@ def to_onnx(program: Program, report: Report, opset: int = 20, functions: bool =
     settings = [dict(layer.settings) for layer in program.cache.layers if layer.settings]
     if settings:
         model.metadata_props["regraft_cache_settings"] = json.dumps(settings)
-    return model
+    return model, builder.fused
 
 
 def _without_choice(program: Program) -> Program:
@@ -135,17 +148,27 @@ def _keep_all(graph: fx.Graph, ids: fx.Node, keep: fx.Node) -> None:
 def genai_config(config: Any, generation: Any, graph: ir.Graph) -> dict[str, Any]:
     """The settings that onnxruntime-genai reads."""
     text = config.get_text_config(decoder=True)
+    tokens = {
+        kind: next(
+            (n for c in (generation, config, text) if (n := getattr(c, f"{kind}_token_id", None))
+             is not None),
+            None,
+        )
+        for kind in ("bos", "eos", "pad")
+    }  # fmt: skip
+    ends = tokens["eos"]
+    pad = (
+        tokens["pad"] if tokens["pad"] is not None else ends[0] if isinstance(ends, list) else ends
+    )
     caches = [v for v in graph.inputs if str(v.name).startswith("past_key_values.")]
     keys = [v for v in caches if str(v.name).endswith(".key")]
-    ends = generation.eos_token_id if generation.eos_token_id is not None else config.eos_token_id
-    first = next((n for n in (generation.pad_token_id, config.pad_token_id) if n is not None), None)
-    pad = first if first is not None else (ends[0] if isinstance(ends, list) else ends)
     longest = getattr(text, "max_position_embeddings", 2048)
+    shared = int(keys[0].shape[1]) if keys else 0  # type: ignore[index, arg-type]
     head = int(keys[0].shape[3]) if keys else 0  # type: ignore[index, arg-type]
     own = [v.name for v in graph.inputs if v not in caches]
     return {
         "model": {
-            "bos_token_id": config.bos_token_id or 0,
+            "bos_token_id": tokens["bos"] or 0,
             "eos_token_id": ends,
             "pad_token_id": pad,
             "context_length": longest,
@@ -155,10 +178,10 @@ def genai_config(config: Any, generation: Any, graph: ir.Graph) -> dict[str, Any
                 "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
                 "filename": MODEL,
                 "head_size": head,
-                "hidden_size": text.hidden_size,
-                "num_attention_heads": text.num_attention_heads,
+                "hidden_size": getattr(text, "hidden_size", 0),
+                "num_attention_heads": getattr(text, "num_attention_heads", shared),
                 "num_hidden_layers": len(keys),
-                "num_key_value_heads": int(keys[0].shape[1]) if keys else 0,  # type: ignore
+                "num_key_value_heads": shared,
                 "inputs": {name: name for name in own}
                 | {
                     "past_key_names": "past_key_values.%d.key",

@@ -40,7 +40,9 @@ def convert(program: Program, builder: Builder, producer_version: str) -> ir.Mod
         [*outputs, *builder.outputs],
         nodes=builder.nodes,
         initializers=list(weights.values.values()),
-        opset_imports={"": builder.opset} | ({DOMAIN: 1} if builder.functions else {}),
+        opset_imports={"": builder.opset}
+        | ({DOMAIN: 1} if builder.functions else {})
+        | ({"com.microsoft": 1} if builder.fused else {}),
         name="regraft",
     )
     keep_transposed(graph)
@@ -88,7 +90,8 @@ def _node(node: fx.Node, env: dict[fx.Node, Any], b: Builder) -> Any:
     name = name_of(node.target)
     if name in IGNORED:
         return None
-    handler = handlers.get(name)
+    changed = _changed(node, name)
+    handler = handlers.get(name if changed is None else name.removesuffix("_"))
     if handler is None:
         raise RegraftError(f"{source_of(node)}: {name} has no ONNX form; export leaves it out")
     spec = spec_of(node)
@@ -105,11 +108,24 @@ def _node(node: fx.Node, env: dict[fx.Node, Any], b: Builder) -> Any:
     if isinstance(result, ir.Value):
         if spec is not None:
             _describe(result, *spec)
+        if changed is not None:
+            env[changed] = result
     elif isinstance(result, list):
         for value, meta in zip(result, _parts(node), strict=False):
             if isinstance(value, ir.Value) and torch.is_tensor(meta):
                 _describe(value, meta.dtype, tuple(_dim(n) for n in meta.shape))
     return result
+
+
+def _changed(node: fx.Node, name: str) -> fx.Node | None:
+    """The tensor that an operator changes in place; None for one that changes none, or a view,
+    which has no ONNX form."""
+    if not name.startswith("aten.") or not name.endswith("_") or name.endswith("__"):
+        return None
+    (owner, *_) = node.args
+    schema = getattr(getattr(owner, "target", None), "_schema", None)
+    fresh = schema is not None and all(r.alias_info is None for r in schema.returns)
+    return owner if fresh or str(schema.name).endswith("_") else None  # type: ignore
 
 
 def name_of(target: Any) -> str:

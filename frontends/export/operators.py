@@ -38,6 +38,14 @@ def cached_attention(
         turn = (cos, sin, style == "interleaved", offset)
         return kvquant.attend(b, index, q, k, v, past_key, past_value, mask, turn, sinks, scale,
                               softcap)  # fmt: skip
+    if b.contrib and sinks is None and (mask is None or mask.dtype == ir.DataType.BOOL):
+        b.fused["GroupQueryAttention"] = b.fused.get("GroupQueryAttention", 0) + 1
+        return list(
+            attention.group_query_attention(
+                b, q, k, v, past_key, past_value, mask, cos, sin, scale, softcap,
+                style == "interleaved", offset,
+            )
+        )  # fmt: skip
     return b.call(
         *("CachedAttention", attention.cached_attention),
         *(q, k, v, past_key, past_value, mask, cos, sin, sinks),

@@ -90,3 +90,28 @@ def cached_attention(
     )
     key.shape, value.shape = past_key.shape, past_value.shape
     return attention(b, q, key, value, mask, sinks, scale, softcap, True), key, value
+
+
+def group_query_attention(
+    b: Any, q: Any, k: Any, v: Any, past_key: Any, past_value: Any, mask: Any, cos: Any, sin: Any,
+    scale: float, softcap: float, interleaved: bool, offset: int,
+) -> tuple[Any, Any, Any]:  # fmt: skip
+    """``cached_attention`` by onnxruntime's fused operator; mask bool [B, 1, S, T]."""
+    if cos is not None:
+        q, k = (rotate(b, x, cos, sin, interleaved, offset) for x in (q, k))
+    heads, shared = int(q.shape[1]), int(k.shape[1])
+    flat = [b.op("Reshape", b.transpose(x, 0, 2, 1, 3), b.constant([0, 0, -1])) for x in (q, k, v)]
+    total = b.cast(b.op("Add", b.size(past_key, 2), b.size(k, 2)), torch.int32)
+    last = b.op("Sub", total, b.constant([1], torch.int32))
+    lengths = b.op("Expand", last, b.size(q, 0))
+    bias = None
+    if mask is not None:
+        bias = b.op("Where", mask, b.to(0.0), b.to(-1e30 if b.dtype == torch.float32 else -6e4))
+    out, key, value = b.op(
+        *("GroupQueryAttention", *flat, past_key, past_value, lengths, b.squeeze(total, 0)),
+        *(None, None, None, bias),
+        outputs=3, domain="com.microsoft", num_heads=heads, kv_num_heads=shared, scale=float(scale),
+        softcap=float(softcap),
+    )  # fmt: skip
+    out = b.op("Reshape", out, b.constant([0, 0, heads, -1]))
+    return b.transpose(out, 0, 2, 1, 3), key, value

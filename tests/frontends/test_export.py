@@ -42,6 +42,15 @@ def test_opsets_and_functions(compiled, tmp_path, opset, functions):
     assert names == ({"CausalMask", "CachedAttention"} if functions else set())
 
 
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "mistral", "gpt2"])
+def test_fused_operators_compute_the_same(model_type, tmp_path):
+    compiled = regraft.compile(tiny(model_type), target="reference")
+    written = compiled.export_onnx(tmp_path / "out", contrib=True)
+    assert written.fused == {"GroupQueryAttention": 2}
+    assert "2 GroupQueryAttention" in str(written)
+    assert max(written.errors.values()) < 1e-4
+
+
 def test_names_dims_and_files_are_those_of_optimum_and_genai(folder):
     model = onnx.load(folder / "model.onnx", load_external_data=False)
     shapes = {

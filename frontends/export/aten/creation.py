@@ -115,3 +115,8 @@ def meshgrid(b: Builder, tensors: list[ir.Value], *, indexing: str = "ij") -> An
         b.op("Expand", b.unsqueeze(x, *(d for d in range(count) if d != i)), sizes)
         for i, x in enumerate(tensors)
     ]
+
+
+@lowers("aten.copy")
+def copy(b: Builder, x: Any, source: Any, *_: Any) -> Any:
+    return b.op("Expand", b.to(source), b.op("Shape", x, dtype=INT))

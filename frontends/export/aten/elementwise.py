@@ -203,7 +203,7 @@ def clamp_max(b: Builder, x: Any, high: Any) -> Any:
 
 @lowers("aten.to", "aten._to_copy", "aten.type_as", "aten.float", "aten.bool", "aten.half",
         "aten.clone", "aten.contiguous", "aten.detach", "aten.alias", "aten.lift_fresh_copy",
-        "aten.dropout", "aten.feature_dropout", "aten.copy")  # fmt: skip
+        "aten.dropout", "aten.feature_dropout")  # fmt: skip
 def identity(b: Builder, x: Any, *_: Any, **__: Any) -> Any:
     """x in the type of the result."""
     return b.to(x)

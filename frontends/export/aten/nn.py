@@ -206,7 +206,8 @@ def avg_pool(
     dims = rank(x) - 2
     return b.op(
         *("AveragePool", x), kernel_shape=_each(kernel, dims),
-        strides=_each(stride or kernel, dims), pads=_each(padding, dims) * 2, ceil_mode=int(ceil), count_include_pad=int(count),
+        strides=_each(stride or kernel, dims), pads=_each(padding, dims) * 2,
+        ceil_mode=int(ceil), count_include_pad=int(count),
     )  # fmt: skip
 
 

@@ -220,3 +220,22 @@ def pad(b: Builder, x: ir.Value, widths: list[Any], mode: Any = "constant", valu
     ends = [0] * (count - given) + [widths[2 * i + 1] for i in reversed(range(given))]
     filling = b.to(0 if value is None else value) if mode == "constant" else None
     return b.op("Pad", x, b.numbers([*begins, *ends]), filling, mode=names[mode])
+
+
+@lowers("aten.slice_scatter")
+def slice_scatter(
+    b: Builder, x: ir.Value, source: ir.Value, dim: int = 0, start: Any = None, stop: Any = None,
+    step: int = 1,
+) -> Any:  # fmt: skip
+    if step != 1:
+        raise NotImplementedError("slice_scatter with steps")
+    before = [] if not start else [b.slice(x, 0, start, dim)]
+    after = [] if stop is None or stop == LAST else [b.slice(x, stop, LAST, dim)]
+    return b.op("Concat", *before, b.to(source), *after, axis=dim)
+
+
+@lowers("aten.select_scatter")
+def select_scatter(b: Builder, x: ir.Value, source: ir.Value, dim: int, index: int) -> Any:
+    after = [] if index == -1 else [b.slice(x, index + 1, LAST, dim)]
+    before = [b.slice(x, 0, index, dim)] if index else []
+    return b.op("Concat", *before, b.unsqueeze(b.to(source), dim), *after, axis=dim)
