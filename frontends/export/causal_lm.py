@@ -92,7 +92,7 @@ def to_onnx(
     onnxruntime's own operators it uses."""
     from regraft import __version__
 
-    if program.prefill is not None:
+    if program.prefill is not None or program.cache.states:
         raise RegraftError("recurrent layers run prompts by other code: no single ONNX graph")
     whole = quantized_lengths(_without_choice(program))
     builder = Builder(opset, functions, contrib)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -90,8 +91,7 @@ def _node(node: fx.Node, env: dict[fx.Node, Any], b: Builder) -> Any:
     name = name_of(node.target)
     if name in IGNORED:
         return None
-    changed = _changed(node, name)
-    handler = handlers.get(name if changed is None else name.removesuffix("_"))
+    handler = handlers.get(name.removesuffix("_") if _changes(name) else name)
     if handler is None:
         raise RegraftError(f"{source_of(node)}: {name} has no ONNX form; export leaves it out")
     spec = spec_of(node)
@@ -101,6 +101,8 @@ def _node(node: fx.Node, env: dict[fx.Node, Any], b: Builder) -> Any:
     kwargs = {key: _value(b, value, env) for key, value in node.kwargs.items()}
     try:
         result = handler(b, *args, **kwargs)
+        if _changes(name):
+            _write_back(node.args[0], result, env, b)
     except (NotImplementedError, TypeError, KeyError, AssertionError) as error:
         raise RegraftError(
             f"{source_of(node)}: {name} cannot be exported: {error or type(error).__name__}"
@@ -108,8 +110,6 @@ def _node(node: fx.Node, env: dict[fx.Node, Any], b: Builder) -> Any:
     if isinstance(result, ir.Value):
         if spec is not None:
             _describe(result, *spec)
-        if changed is not None:
-            env[changed] = result
     elif isinstance(result, list):
         for value, meta in zip(result, _parts(node), strict=False):
             if isinstance(value, ir.Value) and torch.is_tensor(meta):
@@ -117,15 +117,35 @@ def _node(node: fx.Node, env: dict[fx.Node, Any], b: Builder) -> Any:
     return result
 
 
-def _changed(node: fx.Node, name: str) -> fx.Node | None:
-    """The tensor that an operator changes in place; None for one that changes none, or a view,
-    which has no ONNX form."""
-    if not name.startswith("aten.") or not name.endswith("_") or name.endswith("__"):
-        return None
-    (owner, *_) = node.args
-    schema = getattr(getattr(owner, "target", None), "_schema", None)
-    fresh = schema is not None and all(r.alias_info is None for r in schema.returns)
-    return owner if fresh or str(schema.name).endswith("_") else None  # type: ignore
+def _changes(name: str) -> bool:
+    return name.startswith("aten.") and name.endswith("_") and not name.endswith("__")
+
+
+def _write_back(node: Any, result: ir.Value, env: dict[fx.Node, Any], b: Builder) -> None:
+    """Let a tensor that was changed in place, and what it is a part of, be the result."""
+    env[node] = result
+    name = name_of(node.target)
+    if name in ("aten.slice", "aten.select"):
+        base, *place = node.args
+        given = [_value(b, item, env) for item in place]
+        whole = handlers[f"{name}_scatter"](b, env[base], result, *given)
+        _describe(whole, *spec_of(base))  # type: ignore[misc]
+        _write_back(base, whole, env, b)
+    elif not _alone(node):
+        raise NotImplementedError(f"it changes a tensor through {name}")
+
+
+def _alone(node: Any) -> bool:
+    """Whether nothing else reads the memory of a node: it is no view, or the only one. Parts of a
+    split lie apart."""
+    if node.target is operator.getitem:
+        return _alone(node.args[0])
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return node.op == "call_function"
+    if schema.is_mutable or all(r.alias_info is None for r in schema.returns):
+        return True
+    return len(node.args[0].users) == 1 and _alone(node.args[0])
 
 
 def name_of(target: Any) -> str:

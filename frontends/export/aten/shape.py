@@ -228,9 +228,14 @@ def slice_scatter(
     step: int = 1,
 ) -> Any:  # fmt: skip
     if step != 1:
-        raise NotImplementedError("slice_scatter with steps")
+        order = [dim % rank(x), *(d for d in range(rank(x)) if d != dim % rank(x))]
+        back = sorted(range(rank(x)), key=order.__getitem__)
+        places = b.slice(b.range(b.size(x, dim % rank(x))), start or 0, _end(stop), 0, step)
+        turned = [b.transpose(t, *order) for t in (x, b.to(source))]
+        made = b.op("ScatterND", turned[0], b.unsqueeze(places, 1), turned[1])
+        return b.transpose(made, *back)
     before = [] if not start else [b.slice(x, 0, start, dim)]
-    after = [] if stop is None or stop == LAST else [b.slice(x, stop, LAST, dim)]
+    after = [] if _end(stop) == LAST else [b.slice(x, stop, LAST, dim)]
     return b.op("Concat", *before, b.to(source), *after, axis=dim)
 
 
@@ -239,3 +244,7 @@ def select_scatter(b: Builder, x: ir.Value, source: ir.Value, dim: int, index: i
     after = [] if index == -1 else [b.slice(x, index + 1, LAST, dim)]
     before = [b.slice(x, 0, index, dim)] if index else []
     return b.op("Concat", *before, b.unsqueeze(b.to(source), dim), *after, axis=dim)
+
+
+def _end(stop: Any) -> Any:
+    return LAST if stop is None else stop
