@@ -26,7 +26,6 @@ from regraft.runtime.program_cache import fetch, fingerprint, store
 from regraft.runtime.regions import Workers, compile_regions
 from regraft.runtime.warm import warm_up
 
-
 TARGETS = ("cpu", "cuda", "onnx", "reference")
 
 
@@ -102,8 +101,8 @@ def compile(
     tuple of positional or a dict of keyword inputs, and dynamic_shapes as torch.export takes it.
     passes run after the default ones, in the order given; each must match. recipe names a YAML
     file that lists passes. target "onnx" exports a language model and runs it by onnxruntime,
-    "reference" runs it operator by operator. dump_dir gets the printed graph after each pass. The weights are the
-    model's own tensors, fused projections excepted.
+    "reference" runs it operator by operator. dump_dir gets the printed graph after each pass.
+    The weights are the model's own tensors, fused projections excepted.
     """
     _check_target(model, target)
     asked = [*(read_recipe(recipe) if recipe is not None else ()), *passes]

@@ -202,5 +202,5 @@ def _turned(weight: ir.Value) -> ir.LazyTensor:
     def make() -> ir.Tensor:
         return ir.Tensor(tensor.numpy().T.copy(), name=name)
 
-    rows, columns = tensor.shape
+    rows, columns = (int(n) for n in tensor.shape)  # type: ignore[arg-type]
     return ir.LazyTensor(make, dtype=tensor.dtype, shape=ir.Shape([columns, rows]), name=name)
