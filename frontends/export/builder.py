@@ -90,6 +90,8 @@ class Builder:
 
         An attribute may be an ir.Attr; those that are None are left out.
         """
+        while inputs and inputs[-1] is None:
+            inputs = inputs[:-1]
         given = {key: value for key, value in attributes.items() if value is not None}
         node = ir.Node(
             domain,
