@@ -8,4 +8,5 @@ SUITES = {
     "perplexity": "regraft.benchmarks.perplexity",
     "kv-quality": "regraft.benchmarks.kv_quality",
     "onnx-export": "regraft.benchmarks.onnx_export",
+    "onnx-models": "regraft.benchmarks.onnx_models",
 }

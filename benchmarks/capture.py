@@ -5,24 +5,16 @@ from __future__ import annotations
 import inspect
 import math
 import os
-import queue
-import sys
-import threading
-import warnings
-from contextlib import contextmanager, suppress
-from logging import ERROR
-from logging import disable as silence
-from multiprocessing import get_context, parent_process
-from multiprocessing.connection import wait
+from contextlib import contextmanager
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from regraft.benchmarks.harness import Check, Result, environment
 from regraft.benchmarks.small_models import one_line, small_model
+from regraft.benchmarks.survey import survey
 
 QUICK = ("llama", "qwen3", "gemma2", "gpt2", "gpt_neox", "phi3", "mistral", "olmo2", "gptj",
          "smollm3", "bert", "mixtral")  # fmt: skip
-WORKERS, SECONDS = 2, 180
 TOLERANCE = 1e-5
 
 
@@ -30,7 +22,7 @@ def run(quick: bool, names: list[str] | None = None) -> Result:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     types = list(names or (QUICK if quick else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
-    found = _survey(types)
+    found = survey(types, capture_one, _outcome, "capture")
     found = {name: found[name] for name in types}
     running = sum(item["runs"] for item in found.values())
     holding = sum(holds(item) for item in found.values())
@@ -67,7 +59,7 @@ def capture_one(model_type: str) -> dict[str, Any]:
     outcome = _outcome()
     torch.manual_seed(0)
     try:
-        with torch.no_grad(), _fresh():
+        with torch.no_grad(), fresh():
             model = small_model(model_type)
             outcome["runs"] = True
             compiled = regraft.compile(model)
@@ -89,7 +81,7 @@ def capture_one(model_type: str) -> dict[str, Any]:
 
 
 @contextmanager
-def _fresh():
+def fresh():
     """No program of an earlier run, and no C++ compiler: every operator runs on its own."""
     names = ("REGRAFT_CACHE", "REGRAFT_INDUCTOR")
     before = {name: os.environ[name] for name in names if name in os.environ}
@@ -164,94 +156,3 @@ def _compare(model: Any, compiled: Any) -> float:
     got = compiled(ids[:, 7:8], mask[:, :8], past_key_values=cache)
     note(whole(7, 8), got.logits, mask[:, 7:8])
     return worst / scale
-
-
-def _end_with_parent() -> None:
-    wait([parent_process().sentinel])  # type: ignore[union-attr]
-    os._exit(1)
-
-
-def _serve(connection: Any) -> None:
-    import torch
-    from transformers.utils import logging
-
-    warnings.simplefilter("ignore")
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    silence(ERROR)
-    torch.set_num_threads(1)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    connection.send("ready")
-    while (name := connection.recv()) is not None:
-        connection.send(capture_one(name))
-
-
-class _Worker:
-    """A process that answers one type at a time and is replaced when it dies or hangs."""
-
-    def __init__(self) -> None:
-        self.process: Any = None
-
-    def ask(self, name: str) -> dict[str, Any]:
-        if self.process is None:
-            context = get_context("spawn")
-            self.connection, theirs = context.Pipe()
-            self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
-            self.process.start()
-            theirs.close()
-            self.connection.recv()
-        try:
-            self.connection.send(name)
-            if self.connection.poll(SECONDS):
-                return self.connection.recv()
-            reason = f"took more than {SECONDS} s"
-            self.process.kill()
-        except (EOFError, OSError):
-            self.process.join(5)
-            reason = f"the process died with exit code {self.process.exitcode}"
-        self.stop()
-        return _outcome(reason, runs=True)
-
-    def stop(self) -> None:
-        """Let an idle process end; kill a busy one."""
-        if self.process is not None:
-            with suppress(OSError):
-                self.connection.send(None)
-                self.process.join(5)
-            self.process.kill()
-            self.process.join()
-            self.process = None
-
-
-def _survey(types: list[str]) -> dict[str, dict[str, Any]]:
-    from rich.console import Console
-    from rich.progress import Progress
-
-    waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
-    for name in types:
-        waiting.put(name)
-    found: dict[str, dict[str, Any]] = {}
-    with Progress(console=Console(file=sys.stderr)) as progress:
-        task = progress.add_task("capture", total=len(types))
-
-        def work() -> None:
-            worker = _Worker()
-            while True:
-                try:
-                    name = waiting.get_nowait()
-                except queue.Empty:
-                    break
-                try:
-                    found[name] = worker.ask(name)
-                except Exception as error:
-                    found[name] = _outcome(one_line(error))
-                    worker.stop()
-                progress.update(task, advance=1, description=f"capture {name}")
-            worker.stop()
-
-        threads = [threading.Thread(target=work) for _ in range(WORKERS)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    return found

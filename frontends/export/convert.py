@@ -9,14 +9,17 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from regraft.frontends.export import aten, operators  # noqa: F401  register the handlers
+from regraft.frontends.export.aten.complex import Complex, of_parts
 from regraft.frontends.export.builder import DOMAIN, DTYPES, Builder, Weights, handlers
 from regraft.program import Program, RegraftError, TensorSpec
 from regraft.program.program import source_of, spec_of
 from regraft.program.serialize import submodule
 
 IR_VERSION = 10
+REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}
 IGNORED = ("aten._assert_tensor_metadata", "aten._assert_async", "aten._assert_scalar")
 
 
@@ -92,15 +95,18 @@ def _node(node: fx.Node, env: dict[fx.Node, Any], b: Builder) -> Any:
     if name in IGNORED:
         return None
     handler = handlers.get(name.removesuffix("_") if _changes(name) else name)
-    if handler is None:
-        raise RegraftError(f"{source_of(node)}: {name} has no ONNX form; export leaves it out")
+    if handler is None and f"complex.{name.removeprefix('aten.')}" not in handlers:
+        raise RegraftError(f"{source_of(node)}: {name} has no ONNX form here")
     spec = spec_of(node)
     b.scope = "/" + source_of(node).split(" (")[0].removeprefix("(").replace(".", "/")
-    b.dtype = spec[0] if spec else torch.float32
+    b.dtype = REAL.get(spec[0], spec[0]) if spec else torch.float32
     args = [_value(b, a, env) for a in node.args]
     kwargs = {key: _value(b, value, env) for key, value in node.kwargs.items()}
     try:
-        result = handler(b, *args, **kwargs)
+        if any(isinstance(a, Complex) for a in pytree.tree_leaves(args)):
+            result = of_parts(b, name, args, kwargs)
+        else:
+            result = handler(b, *args, **kwargs)
         if _changes(name):
             _write_back(node.args[0], result, env, b)
     except (NotImplementedError, TypeError, KeyError, AssertionError) as error:
@@ -110,6 +116,9 @@ def _node(node: fx.Node, env: dict[fx.Node, Any], b: Builder) -> Any:
     if isinstance(result, ir.Value):
         if spec is not None:
             _describe(result, *spec)
+    elif isinstance(result, Complex):
+        for part in (result.real, result.imag):
+            _describe(part, REAL[spec[0]], spec[1])  # type: ignore[index]
     elif isinstance(result, list):
         for value, meta in zip(result, _parts(node), strict=False):
             if isinstance(value, ir.Value) and torch.is_tensor(meta):

@@ -178,3 +178,26 @@ def test_a_wrong_export_is_not_written(compiled, tmp_path, monkeypatch):
     with pytest.raises(RegraftError, match="differs from the compiled program"):
         compiled.export_onnx(tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_an_operator_without_a_form_is_named(compiled, tmp_path, monkeypatch):
+    from regraft.frontends.export.builder import handlers
+
+    monkeypatch.delitem(handlers, "aten.silu")
+    with pytest.raises(RegraftError, match=r"layers.0.mlp.act_fn .*: aten.silu has no ONNX form"):
+        compiled.export_onnx(tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_recurrent_layers_are_refused(tmp_path):
+    compiled = regraft.compile(tiny("mamba", num_hidden_layers=2), target="reference")
+    with pytest.raises(RegraftError, match="recurrent layers"):
+        compiled.export_onnx(tmp_path / "out")
+
+
+@pytest.mark.parametrize("model_type", ["llama4_text", "deepseek_v2", "mixtral", "gpt_oss"])
+def test_complex_rotations_and_changes_in_place(model_type):
+    from regraft.benchmarks.onnx_models import export_one
+
+    outcome = export_one(model_type)
+    assert outcome["error"] is not None and outcome["error"] < 1e-4, outcome["reason"]
