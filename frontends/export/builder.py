@@ -188,28 +188,30 @@ class Builder:
         **settings: Any,
     ) -> Any:
         """Call body(builder, *inputs, **settings) as a function of domain ai.regraft, or where
-        functions are not wanted build it here. Equal settings and shapes share a function."""
+        functions are not wanted build it here. Equal settings and shapes share a function, whose
+        attributes tell what the settings were."""
         if not self.local:
             return body(self, *inputs, **settings)
         kinds = tuple(x and (x.dtype, tuple(x.shape or ())) for x in inputs)
         key = name, str(kinds), str(settings)
         if key not in self._made:
-            given = [x and ir.Value(name=f"x{i}", shape=x.shape, type=x.type)
+            given = [ir.Value(name=f"x{i}", shape=x and x.shape, type=x and x.type)
                      for i, x in enumerate(inputs)]  # fmt: skip
             inner = Builder(self.opset)
             inner.dtype = self.dtype
-            results = body(inner, *given, **settings)
+            used = (v if x is not None else None for v, x in zip(given, inputs, strict=True))
+            results = body(inner, *used, **settings)
             results = [results] if outputs == 1 else list(results)
             unique = self.unique(name)
-            graph = ir.Graph(
-                [x for x in given if x is not None], results, nodes=inner.nodes,
-                opset_imports={"": self.opset},
-            )  # fmt: skip
-            self.functions[unique] = ir.Function(DOMAIN, unique, graph=graph, attributes=[])
+            graph = ir.Graph(given, results, nodes=inner.nodes, opset_imports={"": self.opset})
+            numbers = {k: v for k, v in settings.items() if isinstance(v, (bool, int, float))}
+            attributes = ir.convenience.convert_attributes(
+                {k: int(v) if isinstance(v, bool) else v for k, v in numbers.items()}
+            )
+            self.functions[unique] = ir.Function(DOMAIN, unique, graph=graph, attributes=attributes)
             self._made[key] = unique, [(x.dtype, x.shape) for x in results]
         unique, results = self._made[key]
-        some = [x for x in inputs if x is not None]
-        made = self.op(unique, *some, domain=DOMAIN, outputs=outputs)
+        made = self.op(unique, *inputs, domain=DOMAIN, outputs=outputs)
         for value, (dtype, shape) in zip([made] if outputs == 1 else made, results, strict=True):
             value.type, value.shape = ir.TensorType(dtype), shape
         return made
