@@ -7,6 +7,7 @@ cache layers registered; nothing is patched and no architecture is special.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -218,26 +219,40 @@ def _capture(model: PreTrainedModel) -> Program:
 
 
 def _capture_attention(model: PreTrainedModel, shapes: list[tuple[Tensor, Tensor]]) -> Program:
-    inputs, examples, dynamic = _signature(model, shapes)
-    module, names, fakes = trace(_Step(model), inputs, examples, dynamic)
-    outputs = [TensorSpec("logits", ("batch_size", "kept", "vocab"), model.dtype, "logits")]
-    for spec in inputs[4:]:
-        name = spec.name.replace("past_key_values", "present")
-        shape = (*spec.shape[:2], "total_sequence_length", spec.shape[3])
-        outputs.append(TensorSpec(name, shape, spec.dtype, "cache"))
-    layers = tuple(LayerState() for _ in shapes)
-    metadata = {"parameters": names}
-    program = Program(
-        module, tuple(inputs), tuple(outputs), CacheSpec(layers), tuple(examples), metadata,
-        context=longest_context(inputs, fakes),
-    )  # fmt: skip
+    limit = model.config.get_text_config(decoder=True).vocab_size
+    program = decoder(_Step(model), *signature(limit, shapes, model.device), model.dtype)
     agree(model, program)
     return program
 
 
-def _signature(model, shapes):
-    device = model.device
-    limit = model.config.get_text_config(decoder=True).vocab_size
+def decoder(
+    step: torch.nn.Module,
+    inputs: list[TensorSpec],
+    examples: list[Tensor],
+    dynamic: list[tuple[int, ...]],
+    dtype: torch.dtype,
+) -> Program:
+    """The program of step.forward(*examples), which gives logits of dtype and present states."""
+    module, names, fakes = trace(step, inputs, examples, dynamic)
+    outputs = [TensorSpec("logits", ("batch_size", "kept", "vocab"), dtype, "logits")]
+    for spec in inputs[4:]:
+        name = spec.name.replace("past_key_values", "present")
+        shape = (*spec.shape[:2], "total_sequence_length", spec.shape[3])
+        outputs.append(TensorSpec(name, shape, spec.dtype, "cache"))
+    layers = tuple(LayerState() for _ in inputs[4::2])
+    return Program(
+        module, tuple(inputs), tuple(outputs), CacheSpec(layers), tuple(examples),
+        {"parameters": names}, context=longest_context(inputs, fakes),
+    )  # fmt: skip
+
+
+def signature(
+    limit: int, states: Sequence[tuple[Tensor, Tensor]], device: torch.device
+) -> tuple[list[TensorSpec], list[Tensor], list[tuple[int, ...]]]:
+    """Inputs of a decoder, examples of them, and the dimensions of any size.
+
+    limit: ids lie below it; states [B, heads, T, head_dim]: keys and values of each layer.
+    """
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, max(4, limit), (BATCH, QUERIES), generator=generator).to(device)
     mask = torch.ones(BATCH, PAST + QUERIES, dtype=torch.long, device=device)
@@ -254,8 +269,8 @@ def _signature(model, shapes):
     ]
     examples = [ids, mask, positions, keep]
     dynamic = [(0, 1), (0, 1), (0, 1), (0,)]
-    for i, states in enumerate(shapes):
-        for kind, state in zip(("key", "value"), states, strict=True):
+    for i, pair in enumerate(states):
+        for kind, state in zip(("key", "value"), pair, strict=True):
             shape = (BATCH, state.shape[1], PAST, state.shape[3])
             past = torch.randn(shape, generator=generator).to(device=device, dtype=state.dtype)
             dims = ("batch_size", shape[1], "past_sequence_length", shape[3])
