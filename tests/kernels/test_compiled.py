@@ -49,6 +49,7 @@ def fresh(monkeypatch, tmp_path):
     """Nothing loaded, nothing in the cache."""
     monkeypatch.setenv("REGRAFT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(compiled, "_loaded", {})
+    monkeypatch.setattr(compiled, "_failed", {})
     monkeypatch.setattr(compiled, "_files", {})
     compiled._launcher.cache_clear()
     yield tmp_path
@@ -129,3 +130,16 @@ def test_one_pool_of_threads(fresh):
         assert len(os.listdir("/proc/self/task")) == many
     finally:
         torch.set_num_threads(before)
+
+
+def test_what_failed_is_not_tried_again(fresh):
+    made = []
+
+    def broken():
+        made.append(1)
+        raise ValueError("no such kernel")
+
+    for _ in range(2):
+        with pytest.raises(KernelError, match="double does not compile: no such kernel"):
+            kernel("double", broken, LLVM, "broken")
+    assert len(made) == 1
