@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import onnx_ir as ir
 import torch
@@ -63,6 +65,9 @@ def convert(x: Tensor, to: int, saturate: bool = True, round_mode: str = "up") -
         if saturate:
             limit = torch.finfo(dtype).max
             x = x.clamp(-limit, limit)
+        elif dtype != torch.float8_e5m2:
+            few = round_float(x, 3 if "e4m3" in str(dtype) else 2, -15, math.inf)
+            x = torch.where(few.abs() > torch.finfo(dtype).max, math.nan, x)
         return x.to(dtype)
     if dtype == torch.bool or dtype.is_floating_point or dtype.is_complex:
         return x.to(dtype)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from regraft.frontends.onnx.operators.image import sample
 from regraft.frontends.onnx.registry import operator
 
 
@@ -149,11 +150,9 @@ def deform_conv(
     columns = grid[1].reshape(1, 1, ow) + taps[1] + shift[:, :, :, 1]
     part = channels // offset_group
     parts = x.reshape(n * offset_group, part, height, width)
-    # sampled at pixel centres, zero outside
-    place = torch.stack([2 * (columns + 0.5) / width - 1, 2 * (rows + 0.5) / height - 1], -1)
-    place = place.reshape(n * offset_group, kh * kw * oh, ow, 2)
-    taken = F.grid_sample(parts, place.to(x.dtype), align_corners=False)
-    taken = taken.reshape(n, offset_group, part, kh * kw, oh, ow)
+    points = (place.reshape(n * offset_group, -1) for place in (rows, columns))
+    pixels, weights = sample(parts, *points)
+    taken = (pixels * weights).sum(0).reshape(n, offset_group, part, kh * kw, oh, ow)
     if mask is not None:
         taken = taken * mask.reshape(n, offset_group, 1, kh * kw, oh, ow)
     taken = taken.reshape(n, group, channels // group * kh * kw, oh * ow)

@@ -20,7 +20,7 @@ def _made(values: Any, dtype: Any) -> Host | None:
     array = np.asarray(values, dtype=object)
     if dtype is str:
         return Host(array, dtype)
-    if array.size > SMALL:
+    if array.size > SMALL and dtype is not torch.bool:
         return None
     fit = np.empty(array.size, dtype=object)
     for i, value in enumerate(array.ravel()):
@@ -76,7 +76,9 @@ def _pairwise(function: Callable[[Any, Any], Any], logic: bool) -> Callable[...,
         first = inputs[0]
         if len(inputs) < 2 or any(x.dtype is not first.dtype for x in inputs):
             return None
-        if first.dtype is str or not _computes(first.dtype):
+        if first.dtype is str:
+            return _made(first.values == inputs[1].values, torch.bool) if logic else None
+        if not _computes(first.dtype):
             return None
         values = inputs[0].values
         for other in inputs[1:]:

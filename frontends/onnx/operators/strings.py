@@ -19,7 +19,7 @@ def string_concat(a, b):
 @operator("RegexFullMatch")
 def regex_full_match(x, *, pattern):
     found = [re.fullmatch(pattern, text) is not None for text in x.numbers()]
-    return torch.tensor(found).reshape(x.shape)
+    return torch.tensor(found, dtype=torch.bool).reshape(x.shape)
 
 
 @operator("StringSplit")
