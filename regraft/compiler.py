@@ -97,8 +97,9 @@ def compile(
     """Capture a model, run the passes, return it compiled.
 
     model: a transformers model with a language head (the result generates), with another head
-    or none, or a torch module or exported program. A torch module needs example_inputs, a
-    tuple of positional or a dict of keyword inputs, and dynamic_shapes as torch.export takes it.
+    or none, a torch module or exported program, or an ONNX model (a path, bytes or ModelProto).
+    A torch module needs example_inputs, a tuple of positional or a dict of keyword inputs, and
+    dynamic_shapes as torch.export takes it; an ONNX model may have example_inputs.
     passes run after the default ones, in the order given; each must match. recipe names a YAML
     file that lists passes. target "onnx" exports a language model and runs it by onnxruntime,
     "reference" runs it operator by operator. dump_dir gets the printed graph after each pass.
@@ -114,6 +115,8 @@ def compile(
             asked, () if calibration is None else calibration, target, dump_dir, stage
         )
         stage("capture")
+        if _is_onnx(model):
+            return _compile_onnx(model, example_inputs, dynamic_shapes, pipeline)
         if not _generates(model):
             return _compile_module(model, example_inputs, dynamic_shapes, pipeline)
         if example_inputs is not None or dynamic_shapes is not None:
@@ -151,6 +154,22 @@ def _progress(name: str) -> Iterator[Callable[..., None]]:
 
 def _generates(model: Any) -> bool:
     return bool(getattr(model, "can_generate", bool)()) and hasattr(model, "config")
+
+
+def _is_onnx(model: Any) -> bool:
+    return isinstance(model, (str, Path, bytes)) or type(model).__name__ == "ModelProto"
+
+
+def _compile_onnx(
+    model: Any, example_inputs: Any, dynamic_shapes: Any, pipeline: _Pipeline
+) -> CompiledModule:
+    from regraft.frontends.onnx.capture import capture_onnx
+    from regraft.runtime.onnx_model import CompiledOnnx
+
+    if dynamic_shapes is not None:
+        raise RegraftError("dynamic_shapes: an ONNX model names its own dynamic sizes")
+    program = capture_onnx(model, example_inputs)
+    return CompiledOnnx(program, pipeline.run(("", program, STATELESS)))
 
 
 def _compile_causal_lm(model: Any, pipeline: _Pipeline) -> Compiled:
@@ -207,8 +226,8 @@ def _compile_module(
         program = from_exported(model, dynamic_shapes)
     elif not isinstance(model, torch.nn.Module):
         raise RegraftError(
-            f"cannot compile a {type(model).__name__}: give a transformers model, a torch module "
-            "or an exported program"
+            f"cannot compile a {type(model).__name__}: give a transformers model, a torch module, "
+            "an exported program or an ONNX model"
         )
     elif example_inputs is None:
         raise RegraftError(

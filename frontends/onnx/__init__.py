@@ -1,0 +1,1 @@
+"""ONNX models in: read a file, run it with torch, capture it as a Program."""

@@ -1,0 +1,25 @@
+"""A compiled ONNX model: called by the names of the file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from regraft.runtime.module import CompiledModule
+
+
+class CompiledOnnx(CompiledModule):
+    """What ``regraft.compile`` returns for an ONNX model.
+
+    Call it with the graph's inputs in order, by keyword, or with one dict by name; the result is
+    the output, or a tuple of several.
+    """
+
+    @torch.no_grad()
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and isinstance(args[0], Mapping) and not kwargs:
+            args, kwargs = (), dict(args[0])
+        whole = self.program.metadata.get("whole")
+        return whole(*args, **kwargs) if whole else super().__call__(*args, **kwargs)
