@@ -111,6 +111,12 @@ class Plan:
             self._hold(node.outputs[0], _constant(attributes))
             return None
         key = (node.domain, node.op_type, node.overload)
+        if key in self.module.functions and (own := _own(node, self.module.functions[key])):
+            known, settings = own
+            inputs, outputs = list(node.inputs), list(node.outputs)
+            return Step(
+                label, known.function, known.host, known.raw, None, inputs, outputs, settings
+            )
         if key in self.module.functions:
             return self._call(node, label, attributes, self.module.functions[key])
         version = self.opsets.get(node.domain, 1)
@@ -216,3 +222,12 @@ def _unsupported(
         extra = sorted(set(attributes) - known.keywords)
         return f"{label}: attribute {extra[0] if extra else '?'!r} is unknown at opset {version}"
     return f"{label} is not supported at opset {version}: rewrite it in other operators"
+
+
+def _own(node: ir.Node, function: ir.Function) -> tuple[registry.Operator, dict] | None:
+    """The handler of a function that Regraft exported, and the settings that it was made with."""
+    known = registry.handler(node.domain, node.op_type.split("_")[0], 1)
+    if known is None or not node.domain:
+        return None
+    settings = {name: attr.value for name, attr in function.attributes.items()}
+    return known, {name: value for name, value in settings.items() if name in known.keywords}
