@@ -1,4 +1,4 @@
-"""How many causal language models of transformers export to ONNX and compute the same there."""
+"""How many causal language models of transformers compute the same as ONNX models and back."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from regraft.benchmarks.capture import QUICK, fresh
+from regraft.benchmarks.capture import QUICK, TOLERANCE, fresh
 from regraft.benchmarks.harness import Check, Result, environment
 from regraft.benchmarks.small_models import one_line, small_model
 from regraft.benchmarks.survey import survey
@@ -23,6 +23,7 @@ def run(quick: bool, names: list[str] | None = None) -> Result:
         "captured": sum(item["captured"] for item in found.values()),
         "recurrent": sum("recurrent" in item["reason"] for item in found.values()),
         "exported": sum(item["error"] is not None for item in found.values()),
+        "imported again and equal": sum(_equal(item) for item in found.values()),
     }
     rest = counts["captured"] - counts["recurrent"]
     return Result(
@@ -34,15 +35,24 @@ def run(quick: bool, names: list[str] | None = None) -> Result:
                 f"share exported and equal of the {rest} captured without recurrent layers",
                 counts["exported"] / max(1, rest),
                 0.95,
-            )
+            ),
+            Check.at_least(
+                "share of these that are equal when imported again",
+                counts["imported again and equal"] / max(1, counts["exported"]),
+                0.95,
+            ),
         ],
         chart="count",
         extra={"architectures": found},
     )
 
 
+def _equal(item: dict[str, Any]) -> bool:
+    return item["round_trip"] is not None and item["round_trip"] <= TOLERANCE
+
+
 def export_one(model_type: str) -> dict[str, Any]:
-    """Export a small random model of this type, which compares it under onnxruntime.
+    """Export a small random model of this type, which compares it under onnxruntime, and import it.
 
     Weights that are zero become random: experts would tie, and ties are broken in either way.
     """
@@ -62,10 +72,28 @@ def export_one(model_type: str) -> dict[str, Any]:
             outcome["captured"] = True
             written = compiled.export_onnx(Path(scratch) / "out")
             outcome["error"] = max(written.errors.values())
+            imported = regraft.compile(Path(scratch) / "out", target="reference")
+            outcome["round_trip"] = difference(compiled, imported)
     except Exception as error:
         outcome["reason"] = one_line(error)
     return outcome
 
 
+def difference(compiled: Any, imported: Any) -> float:
+    """Of the logits, over the largest, in a prompt and two steps behind it."""
+    import torch
+
+    limit = compiled.config.get_text_config(decoder=True).vocab_size
+    ids = torch.randint(3, limit, (2, 9), generator=torch.Generator().manual_seed(1))
+    caches, worst = (compiled.new_cache(), imported.new_cache()), 0.0
+    for part in (ids[:, :6], ids[:, 6:7], ids[:, 7:]):
+        want, got = (
+            model(part, past_key_values=cache).logits
+            for model, cache in zip((compiled, imported), caches, strict=True)
+        )
+        worst = max(worst, float((want - got).abs().max() / want.abs().max()))
+    return worst
+
+
 def _outcome(reason: str = "", runs: bool = False) -> dict[str, Any]:
-    return {"captured": runs, "error": None, "reason": reason[:160]}
+    return {"captured": runs, "error": None, "round_trip": None, "reason": reason[:160]}

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing import parent_process
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -97,7 +98,8 @@ def compile(
     """Capture a model, run the passes, return it compiled.
 
     model: a transformers model with a language head (the result generates), with another head
-    or none, a torch module or exported program, or an ONNX model (a path, bytes or ModelProto).
+    or none, a torch module or exported program, or an ONNX model (a path, bytes or ModelProto; a
+    folder with model.onnx and config.json is a language model).
     A torch module needs example_inputs, a tuple of positional or a dict of keyword inputs, and
     dynamic_shapes as torch.export takes it; an ONNX model may have example_inputs.
     passes run after the default ones, in the order given; each must match. recipe names a YAML
@@ -162,14 +164,40 @@ def _is_onnx(model: Any) -> bool:
 
 def _compile_onnx(
     model: Any, example_inputs: Any, dynamic_shapes: Any, pipeline: _Pipeline
-) -> CompiledModule:
+) -> CompiledModule | Compiled:
     from regraft.frontends.onnx.capture import capture_onnx
     from regraft.runtime.onnx_model import CompiledOnnx
 
     if dynamic_shapes is not None:
         raise RegraftError("dynamic_shapes: an ONNX model names its own dynamic sizes")
+    if isinstance(model, (str, Path)) and Path(model).is_dir():
+        return _compile_decoder(Path(model), pipeline)
     program = capture_onnx(model, example_inputs)
     return CompiledOnnx(program, pipeline.run(("", program, STATELESS)))
+
+
+def _compile_decoder(folder: Path, pipeline: _Pipeline) -> Compiled:
+    """The language model of a folder that an exporter wrote."""
+    from regraft.frontends.onnx.decoder import capture_decoder
+    from regraft.runtime.onnx_lm import MODEL, configurations
+
+    if not (folder / MODEL).is_file():
+        raise RegraftError(f"{folder} holds no {MODEL}: load a transformers model first")
+    config, generation = configurations(folder)
+    with Workers(cache_dir() / "regions") as workers:
+        if pipeline.target == "cpu":
+            workers.start()
+        program = capture_decoder(folder / MODEL, config.get_text_config(decoder=True).vocab_size)
+        report = pipeline.run(("", program, DEFAULT))
+        kind = type((config.architectures or ["CausalLM"])[0], (Compiled,), {})
+        dtype = program.outputs[0].dtype
+        known = SimpleNamespace(
+            config=config, generation_config=generation, device=torch.device("cpu"), dtype=dtype,
+            name_or_path=str(folder),
+        )  # fmt: skip
+        compiled = kind(program, report, known)
+        pipeline.compile_regions(program, compiled.regions, workers)
+    return compiled
 
 
 def _compile_causal_lm(model: Any, pipeline: _Pipeline) -> Compiled:

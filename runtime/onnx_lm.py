@@ -14,6 +14,7 @@ from torch import Tensor
 from regraft.program import RegraftError
 from regraft.runtime.causal_lm import Compiled, SessionCache
 
+MODEL = "model.onnx"
 PAST, PRESENT = "past_key_values.", "present."
 TABLES = (f"{PAST}cos", f"{PAST}sin")
 TYPES = {
@@ -126,20 +127,7 @@ class OnnxCausalLM(Compiled):
     @classmethod
     def load(cls, folder: Path) -> OnnxCausalLM:
         """The model of a folder with model.onnx, config.json and generation_config.json."""
-        from transformers import AutoConfig, GenerationConfig
-
-        try:
-            config = AutoConfig.from_pretrained(folder)
-        except (OSError, ValueError) as error:
-            raise RegraftError(
-                f"{folder} has no config.json that transformers reads: an exported language model "
-                "has one beside model.onnx"
-            ) from error
-        try:
-            generation = GenerationConfig.from_pretrained(folder)
-        except OSError:
-            generation = GenerationConfig.from_model_config(config)
-        return cls.open(folder / "model.onnx", config, generation)
+        return cls.open(folder / MODEL, *configurations(folder))
 
     @classmethod
     def open(cls, path: Path, config: Any, generation_config: Any) -> OnnxCausalLM:
@@ -201,3 +189,20 @@ class OnnxCausalLM(Compiled):
         state.past = {name.replace(PRESENT, PAST, 1): value for name, value in found.items()}
         state.length += ids.shape[1]
         return logits if len(keep) == logits.shape[1] else logits[:, keep]
+
+
+def configurations(folder: Path) -> tuple[Any, Any]:
+    """The configuration of an exported model and of its generation."""
+    from transformers import AutoConfig, GenerationConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise RegraftError(
+            f"{folder} has no config.json that transformers reads: an exported language model has "
+            f"one beside {MODEL}"
+        ) from error
+    try:
+        return config, GenerationConfig.from_pretrained(folder)
+    except OSError:
+        return config, GenerationConfig.from_model_config(config)

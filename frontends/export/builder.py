@@ -195,8 +195,11 @@ class Builder:
         kinds = tuple(x and (x.dtype, tuple(x.shape or ())) for x in inputs)
         key = name, str(kinds), str(settings)
         if key not in self._made:
-            given = [ir.Value(name=f"x{i}", shape=x and x.shape, type=x and x.type)
-                     for i, x in enumerate(inputs)]  # fmt: skip
+            given = [
+                ir.Value(name=f"x{i}") if x is None
+                else ir.Value(name=f"x{i}", shape=x.shape, type=x.type)
+                for i, x in enumerate(inputs)
+            ]  # fmt: skip
             inner = Builder(self.opset)
             inner.dtype = self.dtype
             used = (v if x is not None else None for v, x in zip(given, inputs, strict=True))
