@@ -9,9 +9,7 @@ import onnx_ir as ir
 from onnx import defs
 
 
-def function_of(
-    node: ir.Node, version: int, bound: Mapping[str, ir.Attr]
-) -> ir.Function | None:
+def function_of(node: ir.Node, version: int, bound: Mapping[str, ir.Attr]) -> ir.Function | None:
     """The body that the node's schema gives it at an opset version; None where there is none."""
     try:
         schema = defs.get_schema(node.op_type, version, node.domain)

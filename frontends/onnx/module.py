@@ -87,5 +87,3 @@ def _tensors(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_tensors(item) for item in value]
     return as_tensor(value)
-
-

@@ -12,9 +12,8 @@ import torch
 
 FAMILIES = (
     "attention", "casts", "control", "convolution", "elementwise", "image", "linear", "losses",
-    "microsoft", "ml", "normalisation", "pooling", "quantisation", "random", "recurrent",
+    "ml", "normalisation", "pooling", "quantisation", "random", "recurrent",
     "reduction", "sequences", "shapes", "signal", "small", "strings", "training", "trees",
-    "transformer",
 )  # fmt: skip
 _WIDE = (torch.uint16, torch.uint32, torch.uint64)
 

@@ -111,9 +111,7 @@ def _seen(
 
 
 @operator("FlexAttention", domain="ai.onnx.preview")
-def flex_attention(
-    q, k, v, *, prob_mod=None, scale=None, score_mod=None, softmax_precision=None
-):
+def flex_attention(q, k, v, *, prob_mod=None, scale=None, score_mod=None, softmax_precision=None):
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     default = torch.float64 if q.dtype == torch.float64 else torch.float32
     dtype = DTYPES[softmax_precision] if softmax_precision else default

@@ -99,7 +99,9 @@ def conv_integer(x, weight, x_zero=None, weight_zero=None, **attributes):
         x = x - x_zero.to(torch.int32)
     if weight_zero is not None:
         zero = weight_zero.to(torch.int32)
-        weight = weight - zero.reshape(-1, *[1] * (weight.dim() - 1)) if zero.dim() else weight - zero
+        weight = (
+            weight - zero.reshape(-1, *[1] * (weight.dim() - 1)) if zero.dim() else weight - zero
+        )
     # exact: sums of products of bytes are far below 2**53
     return conv(x.double(), weight.double(), **attributes).round().to(torch.int32)
 
@@ -114,9 +116,7 @@ def causal_conv(x, weight, bias=None, past=None, *, activation="none"):
 
 
 @operator("Col2Im", host=(1, 2))
-def col2im(
-    x, image_shape, block_shape, *, dilations=None, pads=None, strides=None
-):
+def col2im(x, image_shape, block_shape, *, dilations=None, pads=None, strides=None):
     count = len(block_shape)
     strides, dilations = strides or [1] * count, dilations or [1] * count
     pads = pads or [0] * 2 * count

@@ -55,9 +55,7 @@ def resize(
             y = y.index_select(axis, _nearest(place, nearest_mode, y.shape[axis]))
         else:
             stretch = min(scale, 1.0) if antialias else 1.0
-            y = _interpolate(
-                y, axis, place, mode, stretch, cubic_coeff_a, bool(exclude_outside)
-            )
+            y = _interpolate(y, axis, place, mode, stretch, cubic_coeff_a, bool(exclude_outside))
     if outside is not None:
         y = y.masked_fill(outside, extrapolation_value)
     return y if y.dtype == dtype else _rounded(y, dtype)
@@ -226,9 +224,7 @@ def roi_align(
 
 
 @operator("NonMaxSuppression", host=(2, 3, 4))
-def non_max_suppression(
-    boxes, scores, most=None, overlap=None, least=None, *, center_point_box=0
-):
+def non_max_suppression(boxes, scores, most=None, overlap=None, least=None, *, center_point_box=0):
     limit, share = (most or [0])[0], (overlap or [0.0])[0]
     kept = []
     for batch in range(boxes.shape[0]):

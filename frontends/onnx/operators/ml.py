@@ -71,9 +71,7 @@ def one_hot_encoder(x, *, cats_int64s=None, cats_strings=None, zeros=1):
 
 
 @operator("CategoryMapper", domain=ML)
-def category_mapper(
-    x, *, cats_int64s, cats_strings, default_int64=-1, default_string="_Unused"
-):
+def category_mapper(x, *, cats_int64s, cats_strings, default_int64=-1, default_string="_Unused"):
     if is_strings(x):
         table = dict(zip(cats_strings, cats_int64s, strict=True))
         return torch.tensor([table.get(v, default_int64) for v in x.numbers()]).reshape(x.shape)
@@ -171,9 +169,7 @@ def labelled(found: Tensor, integers: Any, names: Any) -> Tensor | Host:
 
 
 @operator("LinearRegressor", domain=ML)
-def linear_regressor(
-    x, *, coefficients, intercepts=None, post_transform="NONE", targets=1
-):
+def linear_regressor(x, *, coefficients, intercepts=None, post_transform="NONE", targets=1):
     weight = torch.tensor(list(coefficients)).reshape(targets, -1)
     bias = torch.tensor(list(intercepts)) if intercepts else None
     return _transform(F.linear(x.float(), weight, bias), post_transform)

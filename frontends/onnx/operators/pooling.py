@@ -151,7 +151,9 @@ def max_unpool(x, indices, output_shape=None, *, kernel_shape, pads=None, stride
     made_image = flat.reshape(made)
     if output_shape is None:
         return made_image
-    return pad(made_image, [0] * count, [a - b for a, b in zip(output_shape[2:], sizes, strict=True)])
+    return pad(
+        made_image, [0] * count, [a - b for a, b in zip(output_shape[2:], sizes, strict=True)]
+    )
 
 
 @operator("MaxRoiPool")
@@ -164,7 +166,9 @@ def max_roi_pool(x, rois, *, pooled_shape, spatial_scale=1.0):
         columns = _bins(left, max(right - left + 1, 1), width, x.shape[3])
         image = x[int(batch)]
         made += [
-            image[:, r0:r1, c0:c1].amax((1, 2)) if r1 > r0 and c1 > c0 else image.new_zeros(len(image))
+            image[:, r0:r1, c0:c1].amax((1, 2))
+            if r1 > r0 and c1 > c0
+            else image.new_zeros(len(image))
             for r0, r1 in rows
             for c0, c1 in columns
         ]

@@ -107,9 +107,7 @@ def qlinear_matmul(a, a_scale, a_zero, b, b_scale, b_zero, y_scale, y_zero):
 
 
 @operator("QLinearConv")
-def qlinear_conv(
-    x, x_scale, x_zero, w, w_scale, w_zero, y_scale, y_zero, bias=None, **attributes
-):
+def qlinear_conv(x, x_scale, x_zero, w, w_scale, w_zero, y_scale, y_zero, bias=None, **attributes):
     shape = [-1, *[1] * (w.dim() - 1)]
     image = x.double() - x_zero.double()
     kernel = w.double() - w_zero.double().reshape(shape if w_zero.numel() > 1 else ())

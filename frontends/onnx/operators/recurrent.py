@@ -41,12 +41,14 @@ class _Layer:
         self.weight, self.inner, self.lengths = weight, inner, lengths
         self.count, self.size = inner.shape[0], inner.shape[2]
         self.gates = weight.shape[1] // self.size
-        self.bias = weight.new_zeros(self.count, 2 * self.gates * self.size) if bias is None else bias
+        self.bias = (
+            weight.new_zeros(self.count, 2 * self.gates * self.size) if bias is None else bias
+        )
         self.layout, self.clip = layout, clip
         self.backwards = [direction == "reverse", True][: self.count]
-        self.standard = activations is None or [a.lower() for a in activations] == [
-            *names
-        ] * self.count
+        self.standard = (
+            activations is None or [a.lower() for a in activations] == [*names] * self.count
+        )
         given = [name.lower() for name in activations or names * self.count]
         self.functions = self._functions(given, list(alphas or []), list(betas or []), len(names))
 
@@ -91,7 +93,9 @@ class _Layer:
             current = [state[d] for state in states]
             rows = []
             for t in range(x.shape[0]):
-                new = step(projected[t], current, self.inner[d], first, second, self.functions[d], d)
+                new = step(
+                    projected[t], current, self.inner[d], first, second, self.functions[d], d
+                )
                 if self.lengths is not None:
                     alive = (self.lengths > t)[:, None]
                     new = [torch.where(alive, n, old) for n, old in zip(new, current, strict=True)]

@@ -162,9 +162,7 @@ def _gather(x: Host, indices: Host, *, axis: int = 0) -> Host | None:
 
 
 @on_host("Slice")
-def _slice(
-    x: Host, starts: Any, ends: Any, axes: Any = None, steps: Any = None
-) -> Host | None:
+def _slice(x: Host, starts: Any, ends: Any, axes: Any = None, steps: Any = None) -> Host | None:
     given = [v for v in (starts, ends, axes, steps) if isinstance(v, Host)]
     if any(_integers(v) is None for v in given):
         return None
@@ -172,9 +170,7 @@ def _slice(
         v.numbers() if isinstance(v, Host) else v for v in (starts, ends, axes, steps)
     )
     values = x.values
-    parts = zip(
-        axes or range(len(starts)), starts, ends, steps or [1] * len(starts), strict=True
-    )
+    parts = zip(axes or range(len(starts)), starts, ends, steps or [1] * len(starts), strict=True)
     for axis, start, end, step in parts:
         index: list[Any] = [slice(None)] * values.ndim
         index[axis] = slice(start, None if step < 0 and end < -values.shape[axis] else end, step)

@@ -195,7 +195,9 @@ def tree_ensemble_classifier(
         one = scores[:, max(attributes["class_ids"])][:, None]
         if post_transform in ("LOGISTIC", "NONE"):
             positive = transform(one, post_transform)
-            other = 1 - positive if post_transform == "LOGISTIC" or _shares(attributes) else -positive
+            other = (
+                1 - positive if post_transform == "LOGISTIC" or _shares(attributes) else -positive
+            )
             made = torch.cat([other, positive], -1)
             found = (one.squeeze(-1) > (0.5 if _shares(attributes) else 0.0)).to(torch.int64)
             return labelled(found, classlabels_int64s, classlabels_strings), made
