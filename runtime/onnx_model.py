@@ -19,7 +19,8 @@ class CompiledOnnx(CompiledModule):
 
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and isinstance(args[0], Mapping) and not kwargs:
-            args, kwargs = (), dict(args[0])
+        given = list(args)
+        if len(given) == 1 and isinstance(given[0], Mapping) and not kwargs:
+            given, kwargs = [], dict(given[0])
         whole = self.program.metadata.get("whole")
-        return whole(*args, **kwargs) if whole else super().__call__(*args, **kwargs)
+        return whole(*given, **kwargs) if whole else super().__call__(*given, **kwargs)

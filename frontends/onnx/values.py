@@ -164,7 +164,7 @@ def constant(tensor: ir.TensorProtocol) -> Tensor | Host:
     """The value of an initialiser or attribute."""
     if tensor.dtype == ir.DataType.STRING:
         text = [s.decode(errors="replace") for s in np.asarray(tensor.numpy()).ravel()]
-        return Host(np.array(text, dtype=object).reshape(tuple(tensor.shape)), str)
+        return Host(np.array(text, dtype=object).reshape(tensor.numpy().shape), str)
     return from_numpy(tensor.numpy())
 
 

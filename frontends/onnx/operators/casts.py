@@ -12,13 +12,13 @@ from torch import Tensor
 from regraft.frontends.onnx.registry import operator
 from regraft.frontends.onnx.values import DTYPES, Host, is_strings, strings
 
-_INTEGERS = {
+_INTEGERS: dict[int, tuple[int, bool]] = {
     ir.DataType.INT4: (4, True),
     ir.DataType.UINT4: (4, False),
     ir.DataType.INT2: (2, True),
     ir.DataType.UINT2: (2, False),
 }
-_FLOATS = {  # mantissa bits, least exponent, largest value
+_FLOATS: dict[int, tuple[int, int, float]] = {  # mantissa bits, least exponent, largest value
     ir.DataType.FLOAT4E2M1: (1, 0, 6.0),
     ir.DataType.FLOAT6E2M3: (3, 0, 7.5),
     ir.DataType.FLOAT6E3M2: (2, -2, 28.0),

@@ -239,10 +239,11 @@ def _hardmax(x: Tensor, axis: int) -> Tensor:
     return torch.zeros_like(x).scatter(axis, found, 1)
 
 
-for _name, _softmax in {
+_SOFTMAX: dict[str, Any] = {
     "Softmax": torch.softmax,
     "LogSoftmax": torch.log_softmax,
     "Hardmax": _hardmax,
-}.items():
+}
+for _name, _softmax in _SOFTMAX.items():
     operator(_name, since=1)(_flattened(_softmax))
     operator(_name, since=13)(_along(_softmax))

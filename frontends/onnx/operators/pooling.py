@@ -55,7 +55,7 @@ class _Windows:
         count = len(self.kernel)
         for i, (span, stride) in enumerate(zip(self.spans, self.strides, strict=True)):
             x = x.unfold(2 + i, span, stride)
-        index = (..., *(slice(None, None, d) for d in self.dilations))
+        index: Any = (..., *(slice(None, None, d) for d in self.dilations))
         return x[index] if count else x
 
 

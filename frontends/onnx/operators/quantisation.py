@@ -13,7 +13,7 @@ from regraft.frontends.onnx.operators.convolution import conv
 from regraft.frontends.onnx.registry import operator
 from regraft.frontends.onnx.values import DTYPES
 
-LIMITS = {
+LIMITS: dict[int, tuple[int, int]] = {
     ir.DataType.UINT8: (0, 255),
     ir.DataType.INT8: (-128, 127),
     ir.DataType.UINT16: (0, 65535),

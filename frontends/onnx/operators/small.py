@@ -114,12 +114,17 @@ def _each(function: Callable[[Any], Any]) -> Callable[[Host], Host | None]:
     return compute
 
 
-for _name, _one in {
+def _floor(value: Any) -> Any:
+    return torch.sym_float(math.floor(value)) if isinstance(value, _SYMBOLIC) else value // 1
+
+
+_SINGLE: dict[str, Any] = {
     "Neg": python.neg,
     "Abs": abs,
-    "Floor": lambda v: torch.sym_float(math.floor(v)) if isinstance(v, _SYMBOLIC) else v // 1,
-    "Ceil": lambda v: torch.sym_float(math.ceil(v)) if isinstance(v, _SYMBOLIC) else -(-v // 1),
-}.items():
+    "Floor": _floor,
+    "Ceil": lambda value: -_floor(-value),
+}
+for _name, _one in _SINGLE.items():
     on_host(_name)(_each(_one))
 
 

@@ -14,7 +14,21 @@ from torch import Tensor
 from regraft.kernels.compiled import LEVELS, KernelError, cpu_level, kernel
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SPAN, TILE = 256, 4
+SPAN, TILE, QUERIES = 256, 4, 16
+"""Tokens that are scored at once, rows that share a key, and queries up to which that pays."""
+
+
+def fits(q: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None = None) -> bool:
+    """Whether there is a kernel for ``attend`` of these, and it pays."""
+    return (
+        q.device.type == "cpu"
+        and q.dtype == key.dtype == value.dtype
+        and key.dtype in DTYPES
+        and not (key.shape[3] % 16 or value.shape[3] % 16)
+        and 0 < q.shape[2] <= QUERIES
+        and key.shape[2] >= q.shape[2]
+        and (sinks is None or sinks.dim() == 1)
+    )
 
 
 def attend(
