@@ -115,7 +115,8 @@ def _each(function: Callable[[Any], Any]) -> Callable[[Host], Host | None]:
 
 
 def _floor(value: Any) -> Any:
-    return torch.sym_float(math.floor(value)) if isinstance(value, _SYMBOLIC) else value // 1
+    symbolic = isinstance(value, _SYMBOLIC)
+    return torch.sym_float(math.floor(value)) if symbolic else value // 1
 
 
 _SINGLE: dict[str, Any] = {
