@@ -60,7 +60,7 @@ def lower(program: Program) -> tuple[fx.GraphModule, dict[str, Region]]:
             node.replace_all_uses_with(length)
             graph.erase_node(node)
     for node in graph.find_nodes(op="call_function", target=regraft.causal_mask.default):
-        if all(user.target in (_attend, regraft.attention.default) for user in node.users):
+        if all(_is_causal(user) for user in node.users):
             node.target = _mask
     take_linear(graph)
     regions = _lower_regions(lowered.graph_module, placeholders[0])
@@ -108,6 +108,13 @@ def take_linear(graph: fx.Graph) -> None:
     """Run linear layers of few rows at the speed of memory."""
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default):
         node.target = linear
+
+
+def _is_causal(node: fx.Node) -> bool:
+    """Whether it is attention that without a mask sees what a causal one lets it."""
+    if node.target is regraft.attention.default:
+        return bool(node.kwargs.get("causal", True))
+    return node.target is _attend
 
 
 def _lower_attention(graph: fx.Graph, node: fx.Node, cache: fx.Node, index: int) -> None:

@@ -24,7 +24,7 @@ def plain_attention(
     b: Builder, q: Any, k: Any, v: Any, mask: Any, sinks: Any, scale: float, softcap: float,
     *, causal: bool = True,
 ) -> ir.Value:  # fmt: skip
-    settings = {"scale": scale, "softcap": softcap, "causal": causal and mask is None}
+    settings = {"scale": scale, "softcap": softcap, "causal": causal}
     return b.call("Attention", attention.attention, q, k, v, mask, sinks, **settings)
 
 

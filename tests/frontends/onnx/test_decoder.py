@@ -73,3 +73,10 @@ def test_folders_that_are_no_language_model(folders, llama, tmp_path):
     coded.export_onnx(tmp_path / "coded")
     with pytest.raises(RegraftError, match="none of a language model with a dense cache"):
         regraft.compile(tmp_path / "coded", target="reference")
+
+
+def test_attention_in_two_parts_stays_causal():
+    from regraft.benchmarks.onnx_models import export_one
+
+    outcome = export_one("diffllama")
+    assert outcome["round_trip"] is not None and outcome["round_trip"] < 1e-5, outcome["reason"]
