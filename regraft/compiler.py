@@ -173,7 +173,8 @@ def _compile_onnx(
     if isinstance(model, (str, Path)) and Path(model).is_dir():
         return _compile_decoder(Path(model), pipeline)
     program = capture_onnx(model, example_inputs)
-    return CompiledOnnx(program, pipeline.run(("", program, STATELESS)))
+    default = () if "python" in program.metadata else STATELESS
+    return CompiledOnnx(program, pipeline.run(("", program, default)))
 
 
 def _compile_decoder(folder: Path, pipeline: _Pipeline) -> Compiled:

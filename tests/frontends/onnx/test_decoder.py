@@ -80,3 +80,26 @@ def test_attention_in_two_parts_stays_causal():
 
     outcome = export_one("diffllama")
     assert outcome["round_trip"] is not None and outcome["round_trip"] < 1e-5, outcome["reason"]
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_a_quantised_export_imports_as_a_graph(llama, tmp_path, calibrated):
+    texts = torch.randint(3, 256, (2, 256)).split(1) if calibrated else None
+    coded = regraft.compile(llama, [regraft.KVQuant(bits=3)], calibration=texts, target="reference")
+    coded.export_onnx(tmp_path / "out")
+    runtime = regraft.load(tmp_path / "out")
+    imported = regraft.compile(tmp_path / "out" / "model.onnx", target="reference")
+    ids, cache = torch.randint(3, 256, (1, 125)), runtime.new_cache()
+    runtime(ids[:, :120], past_key_values=cache)
+    past = {name: torch.from_numpy(x.numpy().copy()) for name, x in cache.state.past.items()}
+    want = runtime(ids[:, 120:], past_key_values=cache).logits
+    logits, *present = imported(
+        {
+            "input_ids": ids[:, 120:],
+            "attention_mask": torch.ones(1, 125, dtype=torch.long),
+            "position_ids": torch.arange(120, 125)[None],
+            **past,
+        }
+    )
+    assert (logits - want).abs().max() < 1e-5 * want.abs().max()
+    assert len(present) == len(past)
