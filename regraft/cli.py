@@ -81,7 +81,7 @@ def export(
     folder: Path = typer.Argument(..., metavar="OUT", help="The folder to write."),
     kv_bits: str = BITS,
     opset: int = typer.Option(20, "--opset", help="ONNX opset, 18 to 24."),
-    functions: bool = typer.Option(True, help="Keep operators as functions of ai.regraft."),
+    functions: bool = typer.Option(True, help="Operators as functions."),
     contrib: bool = typer.Option(False, "--contrib", help="Use onnxruntime's fused operators."),
     force: bool = typer.Option(False, "--force", help="Replace OUT if it exists."),
     recipe: Path | None = typer.Option(None, "--recipe", help="A YAML file that lists passes."),

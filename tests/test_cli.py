@@ -12,7 +12,7 @@ from regraft.cli import app
 from regraft.program import RegraftError
 from tests.conftest import tiny
 
-VERBS = ("demo", "compile", "generate", "inspect", "passes", "bench")
+VERBS = ("demo", "compile", "export", "generate", "inspect", "passes", "bench")
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +55,21 @@ def test_generate_prints_the_models_own_words(folder):
     made = model.generate(torch.tensor([[3, 4]]), max_new_tokens=4, do_sample=False)[0, 2:]
     words = PreTrainedTokenizerFast.from_pretrained(folder)
     assert text.split() == words.decode(made, skip_special_tokens=True).split()
+
+
+def test_an_exported_folder_generates_alike(folder, tmp_path):
+    pytest.importorskip("onnxruntime")
+    text = regraft("export", folder, tmp_path / "out", "--opset", "21")
+    assert "prefill" in text and "padded batch" in text
+    made, want = (
+        regraft("generate", "-m", model, "-p", "one two", "-n", 6)
+        for model in (tmp_path / "out", folder)
+    )
+    assert made == want
+    with pytest.raises(RegraftError, match="exists"):
+        regraft("export", folder, tmp_path / "out")
+    with pytest.raises(RegraftError, match="is an export"):
+        regraft("inspect", "-m", tmp_path / "out")
 
 
 def test_inspect_shows_signature_passes_and_cache(folder):
