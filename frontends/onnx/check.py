@@ -74,6 +74,7 @@ class Checker:
     ) -> None:
         makers: dict[str, int] = {}
         for index, node in enumerate(nodes):
+            _check_text(node, where)
             for name in filter(None, node.output):
                 if name in makers or name in known:
                     raise RegraftError(f"{where}: {name!r} is made twice: rename one of them")
@@ -190,12 +191,27 @@ def _stored(tensor: TensorProto, dtype: ir.DataType, numbers: int) -> int:
 def _unique(names: Iterable[str], where: str, what: str) -> set[str]:
     found: set[str] = set()
     for name in names:
+        if not isinstance(name, str):
+            raise RegraftError(
+                f"{where} has the name {name!r}, which is not UTF-8: export it again"
+            )
         if not name:
             raise RegraftError(f"{where}: one of the {what} has no name: export it again")
         if name in found:
             raise RegraftError(f"{where}: two {what} are named {name!r}: rename one of them")
         found.add(name)
     return found
+
+
+def _check_text(node: onnx.NodeProto, where: str) -> None:
+    """protobuf gives bytes for names that are not UTF-8."""
+    own = [node.name, node.op_type, node.domain, node.overload, *node.input, *node.output]
+    others = [text for a in node.attribute for text in (a.name, a.ref_attr_name)]
+    for name in [*own, *others]:
+        if not isinstance(name, str):
+            raise RegraftError(
+                f"{where} has the name {name!r}, which is not UTF-8: export it again"
+            )
 
 
 def _check_cycles(nodes: Sequence[Any], needs: dict[int, set[int]], where: str) -> None:
