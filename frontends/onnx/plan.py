@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -82,7 +83,7 @@ class Plan:
         for value in graph.initializers.values():
             if value.const_value is not None:
                 self._hold(value, constant(value.const_value))
-        self.steps = [step for node in graph if (step := self._step(node)) is not None]
+        self.steps = [step for node in graph if (step := self._made(node)) is not None]
         self.captured = self._captured()
         self._find_last_uses()
 
@@ -103,9 +104,18 @@ class Plan:
         missing = [None] * (len(self.inputs) - len(inputs))
         return tuple(self.run([*inputs, *missing]))
 
-    def _step(self, node: ir.Node) -> Step | None:
+    def _made(self, node: ir.Node) -> Step | None:
         label = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
         label += f" {node.name!r}" if node.name else f" of {_first(node)!r}"
+        try:
+            return self._step(node, label)
+        except RegraftError:
+            raise
+        except Exception as error:
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise RegraftError(f"{label} is not valid: {reason[0]}: export it again") from error
+
+    def _step(self, node: ir.Node, label: str) -> Step | None:
         attributes, bodies = self._attributes(node)
         if node.domain == "" and node.op_type == "Constant":
             self._hold(node.outputs[0], _constant(attributes))
@@ -221,7 +231,16 @@ def _unsupported(
     if known is not None:
         extra = sorted(set(attributes) - known.keywords)
         return f"{label}: attribute {extra[0] if extra else '?'!r} is unknown at opset {version}"
-    return f"{label} is not supported at opset {version}: rewrite it in other operators"
+    others = registry.names(node.domain)
+    if not others:
+        domains = ", ".join(name or "ai.onnx" for name in registry.domains())
+        return f"{label}: domain {node.domain!r} is unknown, there are {domains}"
+    near = get_close_matches(node.op_type, others, 3) or others[:12]
+    where = node.domain or "ai.onnx"
+    return (
+        f"{label} is not supported at opset {version}: rewrite it in operators of {where} that "
+        f"are, such as {', '.join(near)}"
+    )
 
 
 def _own(node: ir.Node, function: ir.Function) -> tuple[registry.Operator, dict] | None:

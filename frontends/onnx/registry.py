@@ -96,6 +96,11 @@ def names(domain: str) -> list[str]:
     return sorted(name for owner, name in _handlers if owner == domain)
 
 
+def domains() -> list[str]:
+    load()
+    return sorted({domain for domain, _ in _handlers})
+
+
 def load() -> None:
     if not _handlers:
         for family in FAMILIES:
