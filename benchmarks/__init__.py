@@ -9,4 +9,5 @@ SUITES = {
     "kv-quality": "regraft.benchmarks.kv_quality",
     "onnx-export": "regraft.benchmarks.onnx_export",
     "onnx-models": "regraft.benchmarks.onnx_models",
+    "onnx-import": "regraft.benchmarks.onnx_import",
 }
