@@ -32,7 +32,7 @@ def run(quick: bool) -> Result:
             for name, one in (("ours", ours), ("onnxruntime", stock))
         }
     rows: dict[str, dict[str, Any]] = {}
-    failing: dict[str, dict[str, str]] = {}
+    failing: dict[str, dict[str, dict[str, str]]] = {name: {} for name in answers}
     totals = {"ours": 0, "onnxruntime": 0, "both": 0}
     for case in known:
         reasons = {name: given[str(paths[case.name])]["reason"] for name, given in answers.items()}
@@ -44,14 +44,19 @@ def run(quick: bool) -> Result:
             row[name] += good
             totals[name] += good
         totals["both"] += all(passed.values())
-        if not passed["ours"]:
-            failing[case.name] = {"operator": operator, "reason": reasons["ours"]}
+        for name, reason in reasons.items():
+            if reason:
+                failing[name][case.name] = {"operator": operator, "reason": reason}
     return Result(
         f"regraft bench onnx-import{' --quick' if quick else ''}",
         environment() | _versions(),
         [
             *(rows[family] for family in sorted(rows)),
-            {"test": "all", "cases": len(known), **{k: v for k, v in totals.items() if k in answers}},
+            {
+                "test": "all",
+                "cases": len(known),
+                **{k: v for k, v in totals.items() if k in answers},
+            },
         ],
         [
             Check.at_least(
