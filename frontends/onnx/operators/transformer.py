@@ -104,8 +104,8 @@ def group_query_attention(
         k = rotary_embedding(k, cos, sin, at, **turn)
     if past_key is not None:
         index = places.clamp(max=keys - 1)[:, None, :, None]
-        k = _written(past_key, k, index, queries)
-        v = _written(past_value, v, index, queries)
+        k = _written(past_key, k, index, begins)
+        v = _written(past_value, v, index, begins)
     seen = torch.arange(keys) <= places[..., None]
     if local_window_size > 0:
         seen = seen & (torch.arange(keys) > places[..., None] - local_window_size)
@@ -113,7 +113,9 @@ def group_query_attention(
     return _attended(q, k, v, scale, _joined(attention_bias, hidden), softcap), k, v
 
 
-def _written(past: Tensor, new: Tensor, index: Tensor, count: int) -> Tensor:
-    """The past with room for the new tokens, which lie where index says."""
+def _written(past: Tensor, new: Tensor, index: Tensor, begins: Tensor) -> Tensor:
+    """The past with the new tokens where index says; zeros behind what each sequence has."""
+    known = torch.arange(past.shape[2]) < begins
+    past = torch.where(known[:, None, :, None], past, 0)
     room = torch.cat([past, torch.zeros_like(new)], 2)
     return room.scatter(2, index.expand(new.shape), new)

@@ -73,9 +73,9 @@ CASES = {
     "groups, step": ("GroupQueryAttention", [*STEP, *PAST, LAST, TOTAL, *WIDE],
                      dict(GROUPED, do_rotary=1), 3),
     "groups, lengths": ("GroupQueryAttention", [*STEP, *PAST, SHORT, TOTAL, *WIDE],
-                        dict(GROUPED, do_rotary=1), 1),
+                        dict(GROUPED, do_rotary=1), 3),
     "groups, window": ("GroupQueryAttention", [*STEP, *PAST, LAST, TOTAL],
-                       dict(GROUPED, local_window_size=3, softcap=5.0), 1),
+                       dict(GROUPED, local_window_size=3, softcap=5.0), 3),
 }  # fmt: skip
 
 
