@@ -13,8 +13,8 @@ import torch
 FAMILIES = (
     "attention", "casts", "control", "convolution", "elementwise", "image", "linear", "losses",
     "microsoft", "ml", "normalisation", "pooling", "quantisation", "random", "recurrent",
-    "reduction", "regraft", "sequences", "shapes", "signal", "small", "strings", "training", "trees",
-    "transformer",
+    "reduction", "regraft", "sequences", "shapes", "signal", "small", "strings", "training",
+    "transformer", "trees",
 )  # fmt: skip
 _WIDE = (torch.uint16, torch.uint32, torch.uint64)
 
