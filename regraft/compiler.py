@@ -169,6 +169,12 @@ def _compile_onnx(
     if dynamic_shapes is not None:
         raise RegraftError("dynamic_shapes: an ONNX model names its own dynamic sizes")
     program = capture_onnx(model, example_inputs)
+    if "whole" in program.metadata:
+        if pipeline.asked:
+            raise RegraftError(
+                f"no pass applies to a model called whole: {program.metadata['python']}"
+            )
+        return CompiledOnnx(program, Report())
     return CompiledOnnx(program, pipeline.run(("", program, STATELESS)))
 
 

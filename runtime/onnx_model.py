@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from regraft.program import Program, Report
 from regraft.runtime.module import CompiledModule
 
 
@@ -14,12 +15,21 @@ class CompiledOnnx(CompiledModule):
     """What ``regraft.compile`` returns for an ONNX model.
 
     Call it with the graph's inputs in order, by keyword, or with one dict by name; the result is
-    the output, or a tuple of several.
+    the output, or a tuple of several. program.metadata["python"] says why a model whose shapes
+    or control flow depend on data is not traced.
     """
+
+    def __init__(self, program: Program, report: Report) -> None:
+        self.whole = program.metadata.get("whole")
+        if self.whole is None:
+            super().__init__(program, report)
+        else:
+            self.program, self.report, self.regions = program, report, []
+            self.device = torch.device(program.metadata["device"])
 
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and isinstance(args[0], Mapping) and not kwargs:
-            args, kwargs = (), dict(args[0])
-        whole = self.program.metadata.get("whole")
-        return whole(*args, **kwargs) if whole else super().__call__(*args, **kwargs)
+            return self(**args[0])
+        call = super().__call__ if self.whole is None else self.whole
+        return call(*args, **kwargs)
