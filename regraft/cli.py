@@ -116,6 +116,7 @@ def generate(
 
 @app.command()
 def inspect(
+    file: str = typer.Argument("", metavar="[ONNX]", help="An .onnx file, as --model takes too."),
     model: str = MODEL,
     kv_bits: str = BITS,
     graph: bool = typer.Option(False, "--graph", help="Print the transformed graph."),
@@ -125,6 +126,12 @@ def inspect(
     """Show what a model compiles to: signature, passes, cache."""
     from regraft import RegraftError
 
+    if (file or model).endswith(".onnx"):
+        for table in _onnx_tables(Path(file or model)):
+            out.print(table)
+        return
+    if file:
+        raise RegraftError(f"{file} is no .onnx file: name a model folder with --model")
     passes = _passes(kv_bits)
     if diff:
         text = _diff(model, passes, diff, markdown)
@@ -356,6 +363,40 @@ def _signature(program: Any) -> Table:
         if len(states) > 2:
             table.add_row(f"{kind} ... {len(states) - 2} more states", "", "")
     return table
+
+
+def _onnx_tables(path: Path) -> list[Table]:
+    from collections import Counter
+
+    from regraft.frontends.onnx.read import read
+
+    model = read(path)
+    values = Table("name", "type", "shape", title="signature")
+    for kind, group in (("in", model.graph.inputs), ("out", model.graph.outputs)):
+        for value in group:
+            shape = "?" if value.shape is None else ", ".join(str(dim) for dim in value.shape)
+            values.add_row(escape(f"{kind} {value.name}"), escape(str(value.type)), shape)
+    bodies = [model.graph, *(function.graph for function in model.functions.values())]
+    counted = Counter(
+        f"{node.domain}::{node.op_type}" if node.domain else node.op_type
+        for body in bodies
+        for node in body.all_nodes()
+    )
+    operators = Table("operator", "count", title="operators")
+    for name, count in counted.most_common():
+        operators.add_row(escape(name), str(count))
+    facts = Table("fact", "value", title="file")
+    for domain, version in sorted(model.opset_imports.items()):
+        facts.add_row(f"opset of {escape(domain or 'ai.onnx')}", str(version))
+    outside = _external_files(model, path)
+    size = sum(file.stat().st_size for file in {path, *outside})
+    facts.add_row("size on disk", f"{size / 2**20:,.2f} MiB in {1 + len(outside)} files")
+    return [values, operators, facts]
+
+
+def _external_files(model: Any, path: Path) -> set[Path]:
+    weights = [value.const_value for value in model.graph.initializers.values()]
+    return {path.parent / str(w.location) for w in weights if hasattr(w, "location")}
 
 
 def _diff(name: str, asked: list[Any], target: str, markdown: bool) -> str:

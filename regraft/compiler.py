@@ -173,8 +173,13 @@ def _compile_onnx(
     if isinstance(model, (str, Path)) and Path(model).is_dir():
         return _compile_decoder(Path(model), pipeline)
     program = capture_onnx(model, example_inputs)
-    default = () if "python" in program.metadata else STATELESS
-    return CompiledOnnx(program, pipeline.run(("", program, default)))
+    if "whole" in program.metadata:
+        if pipeline.asked:
+            raise RegraftError(
+                f"no pass applies to a model called whole: {program.metadata['python']}"
+            )
+        return CompiledOnnx(program, Report())
+    return CompiledOnnx(program, pipeline.run(("", program, STATELESS)))
 
 
 def _compile_decoder(folder: Path, pipeline: _Pipeline) -> Compiled:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from regraft.program import Program, Report
 from regraft.runtime.module import CompiledModule
 
 
@@ -14,13 +15,22 @@ class CompiledOnnx(CompiledModule):
     """What ``regraft.compile`` returns for an ONNX model.
 
     Call it with the graph's inputs in order, by keyword, or with one dict by name; the result is
-    the output, or a tuple of several.
+    the output, or a tuple of several. program.metadata["python"] says why a model whose shapes
+    or control flow depend on data is not traced.
     """
+
+    def __init__(self, program: Program, report: Report) -> None:
+        self.whole = program.metadata.get("whole")
+        if self.whole is None:
+            super().__init__(program, report)
+        else:
+            self.program, self.report, self.regions = program, report, []
+            self.device = torch.device(program.metadata["device"])
 
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        given = list(args)
-        if len(given) == 1 and isinstance(given[0], Mapping) and not kwargs:
-            given, kwargs = [], dict(given[0])
-        whole = self.program.metadata.get("whole")
-        return whole(*given, **kwargs) if whole else super().__call__(*given, **kwargs)
+        first = next(iter(args), None)
+        if isinstance(first, Mapping) and len(args) == 1 and not kwargs:
+            return self(**first)
+        call = super().__call__ if self.whole is None else self.whole
+        return call(*args, **kwargs)

@@ -78,6 +78,21 @@ def test_inspect_shows_signature_passes_and_cache(folder):
     assert "KVQuant" in text and "bytes a token" in text
 
 
+def test_inspect_an_onnx_file(tmp_path):
+    from onnx import TensorProto, helper, save
+
+    info = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["batch", 3]) for n in "xy"]
+    nodes = [helper.make_node("Relu", ["x"], ["h"]), helper.make_node("Relu", ["h"], ["y"])]
+    graph = helper.make_graph(nodes, "g", info[:1], info[1:])
+    opsets = [helper.make_opsetid("", 20)]
+    save(helper.make_model(graph, opset_imports=opsets), tmp_path / "m.onnx")
+    text = regraft("inspect", tmp_path / "m.onnx")
+    assert text == regraft("inspect", "--model", tmp_path / "m.onnx")
+    assert all(word in text for word in ("in x", "out y", "batch, 3", "Relu", "20", "MiB"))
+    with pytest.raises(RegraftError, match="does not exist"):
+        regraft("inspect", tmp_path / "none.onnx")
+
+
 def test_inspect_graph_and_diff(folder):
     graph = regraft("inspect", "-m", folder, "--graph")
     assert "regraft.cached_attention" in graph and "model.layers.1.self_attn" in graph

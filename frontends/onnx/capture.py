@@ -22,7 +22,7 @@ from regraft.frontends.onnx.values import DTYPES
 from regraft.program import Program, RegraftError, TensorSpec
 
 Sizes = dict[str, int]
-_TRIED = ((2, 3, 5, 7, 11, 13), (2, 32, 48, 64, 80, 96), (1, 224, 256, 320), (1, 512, 1024, 1536))
+_TRIED = ((2, 3, 5, 7, 11, 13), (2, 32, 64, 96, 128, 160), (1, 224, 256, 320), (1, 512, 1024, 1536))
 """Sizes of the dynamic dimensions that examples are made with, the first ones of batches."""
 
 
@@ -82,9 +82,14 @@ def dimensions(value: ir.Value) -> list[int | str]:
     """The sizes of an input; dynamic ones by name, by input and position where they have none."""
     shape = value.shape if value.shape is not None else ()
     return [
-        dim if isinstance(dim, int) else dim.value or f"{value.name}_dim{index}"
+        dim if isinstance(dim, int) and dim >= 0 else _named(dim) or f"{value.name}_dim{index}"
         for index, dim in enumerate(shape)
     ]
+
+
+def _named(dim: int | ir.SymbolicDim) -> str | None:
+    """The name of a dynamic size; older files write -1 for those without."""
+    return None if isinstance(dim, int) else dim.value
 
 
 def _candidates(values: list[ir.Value]) -> Iterator[Sizes]:
