@@ -22,7 +22,13 @@ from regraft.frontends.onnx.values import DTYPES
 from regraft.program import Program, RegraftError, TensorSpec
 
 Sizes = dict[str, int]
-_TRIED = ((2, 3, 5, 7, 11, 13), (2, 32, 64, 96, 128, 160), (1, 224, 256, 320), (1, 512, 1024, 1536))
+_TRIED = (
+    (2, 3, 5, 7, 11, 13),
+    (2, 64, 96, 128, 160, 192),
+    (2, 224, 256, 320),
+    (1, 224, 256, 320),
+    (1, 512, 1024, 1536),
+)
 """Sizes of the dynamic dimensions that examples are made with, the first ones of batches."""
 
 
