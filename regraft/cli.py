@@ -99,7 +99,7 @@ def export(
             tokenizer=tokenizer,
             force=force,
         )
-    out.print(str(written), markup=False, highlight=False)
+    out.print(str(written), markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
