@@ -16,6 +16,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from regraft import show
+
 app = typer.Typer(
     help="Compile, transform and run transformer inference graphs.",
     no_args_is_help=True,
@@ -51,8 +53,8 @@ def demo() -> None:
     out.print(compiled.report.table())
     cache = _generate(compiled, tokenizer, PROMPT, 48)
     per_token = compiled.program.cache_bytes(2)
-    _memory(cache.state.length, cache.nbytes, per_token)
-    _memory(DEEP, _cache_bytes(compiled, DEEP), per_token)
+    out.print(show.memory(cache.state.length, cache.nbytes, per_token))
+    out.print(show.memory(DEEP, show.cache_bytes(compiled, DEEP), per_token))
 
 
 @app.command("compile")
@@ -127,7 +129,7 @@ def inspect(
     from regraft import RegraftError
 
     if (file or model).endswith(".onnx"):
-        for table in _onnx_tables(Path(file or model)):
+        for table in show.onnx_tables(Path(file or model)):
             out.print(table)
         return
     if file:
@@ -141,12 +143,12 @@ def inspect(
         raise RegraftError(f"{model} is an export: inspect {model}/model.onnx")
     if graph:
         return print(compiled.program.text())
-    out.print(_signature(compiled.program))
+    out.print(show.signature(compiled.program))
     out.print(compiled.report.table())
     for row in compiled.report.rows:
         for where, reason in row.skipped[:4]:
             out.print(f"{row.name} skipped {where}: {reason}", markup=False)
-    kept, dense = _cache_bytes(compiled, DEEP) / DEEP, compiled.program.cache_bytes(2)
+    kept, dense = show.cache_bytes(compiled, DEEP) / DEEP, compiled.program.cache_bytes(2)
     out.print(f"{compiled!r}", markup=False)
     out.print(f"cache: {kept:,.0f} bytes a token at {DEEP} tokens (float16 dense: {dense:,})")
 
@@ -318,85 +320,6 @@ def _generate(compiled: Any, tokenizer: Any, prompt: str, count: int) -> Any:
     new = made.shape[1] - ids.shape[1]
     err.print(f"{new} tokens in {seconds:.1f} s, prompt included: {new / seconds:.1f} tokens/s")
     return cache
-
-
-def _memory(tokens: int, kept: int, dense: int) -> None:
-    share = kept / (tokens * dense)
-    out.print(
-        f"cache of {tokens} tokens: {kept / 2**20:.2f} MiB, "
-        f"float16 dense {tokens * dense / 2**20:.2f} MiB ({share:.0%})"
-    )
-
-
-def _states(program: Any) -> list[Any]:
-    return [spec for spec in program.inputs if spec.role == "cache"]
-
-
-def _cache_bytes(compiled: Any, tokens: int) -> int:
-    """Measured: a layer of each kind filled with this many random keys and values."""
-    import torch
-
-    states = iter(_states(compiled.program))
-    kinds = compiled.program.cache.layers
-    layers = compiled.new_cache().state.layers
-    sizes: dict[Any, int] = {}
-    total = 0
-    for kind, layer, *pair in zip(kinds, layers, states, states, strict=True):
-        key = (kind, pair[0].shape, pair[1].shape)
-        if key not in sizes:
-            k, v = (torch.randn(1, s.shape[1], tokens, s.shape[3]).to(s.dtype) for s in pair)
-            layer.step(k[:, :, :1], k, v)
-            sizes[key] = layer.nbytes
-        total += sizes[key]
-    return total
-
-
-def _signature(program: Any) -> Table:
-    table = Table(title="signature")
-    for column in ("name", "dtype", "shape"):
-        table.add_column(column)
-    for kind, specs in (("in", program.inputs), ("out", program.outputs)):
-        states = [spec for spec in specs if spec.role == "cache"]
-        for spec in [spec for spec in specs if spec.role != "cache"] + states[:2]:
-            shape = ", ".join(map(str, spec.shape))
-            table.add_row(f"{kind} {spec.name}", str(spec.dtype).split(".")[-1], shape)
-        if len(states) > 2:
-            table.add_row(f"{kind} ... {len(states) - 2} more states", "", "")
-    return table
-
-
-def _onnx_tables(path: Path) -> list[Table]:
-    from collections import Counter
-
-    from regraft.frontends.onnx.read import read
-
-    model = read(path)
-    values = Table("name", "type", "shape", title="signature")
-    for kind, group in (("in", model.graph.inputs), ("out", model.graph.outputs)):
-        for value in group:
-            shape = "?" if value.shape is None else ", ".join(str(dim) for dim in value.shape)
-            values.add_row(escape(f"{kind} {value.name}"), escape(str(value.type)), shape)
-    bodies = [model.graph, *(function.graph for function in model.functions.values())]
-    counted = Counter(
-        f"{node.domain}::{node.op_type}" if node.domain else node.op_type
-        for body in bodies
-        for node in body.all_nodes()
-    )
-    operators = Table("operator", "count", title="operators")
-    for name, count in counted.most_common():
-        operators.add_row(escape(name), str(count))
-    facts = Table("fact", "value", title="file")
-    for domain, version in sorted(model.opset_imports.items()):
-        facts.add_row(f"opset of {escape(domain or 'ai.onnx')}", str(version))
-    outside = _external_files(model, path)
-    size = sum(file.stat().st_size for file in {path, *outside})
-    facts.add_row("size on disk", f"{size / 2**20:,.2f} MiB in {1 + len(outside)} files")
-    return [values, operators, facts]
-
-
-def _external_files(model: Any, path: Path) -> set[Path]:
-    weights = [value.const_value for value in model.graph.initializers.values()]
-    return {path.parent / str(w.location) for w in weights if hasattr(w, "location")}
 
 
 def _diff(name: str, asked: list[Any], target: str, markdown: bool) -> str:
