@@ -1,7 +1,11 @@
-"""ONNX's own node cases: how many the importer computes as expected, and how many onnxruntime."""
+"""ONNX's own node cases: how many the importer computes as expected, and how many its peers.
+
+Peers: onnxruntime; TVM's importer, compiled for llvm; onnx2pytorch where it is installed.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import pickle
 import warnings
 from collections.abc import Callable, Iterable
@@ -28,22 +32,21 @@ def run(quick: bool) -> Result:
             paths[case.name].write_bytes(pickle.dumps(case))
         types = list(map(str, paths.values()))
         answers = {
-            name: survey(types, one, _outcome, f"{name}:")
-            for name, one in (("ours", ours), ("onnxruntime", stock))
+            name: survey(types, one, _outcome, f"{name}:") for name, one in contenders().items()
         }
     rows: dict[str, dict[str, Any]] = {}
     failing: dict[str, dict[str, dict[str, str]]] = {name: {} for name in answers}
-    totals = {"ours": 0, "onnxruntime": 0, "both": 0}
+    totals = dict.fromkeys((*answers, "both"), 0)
     for case in known:
         reasons = {name: given[str(paths[case.name])]["reason"] for name, given in answers.items()}
         passed = {name: reason == "" for name, reason in reasons.items()}
         family, operator = family_of(case)
-        row = rows.setdefault(family, {"test": family, "cases": 0, "ours": 0, "onnxruntime": 0})
+        row = rows.setdefault(family, {"test": family, "cases": 0, **dict.fromkeys(answers, 0)})
         row["cases"] += 1
         for name, good in passed.items():
             row[name] += good
             totals[name] += good
-        totals["both"] += all(passed.values())
+        totals["both"] += passed["ours"] and passed["onnxruntime"]
         for name, reason in reasons.items():
             if reason:
                 failing[name][case.name] = {"operator": operator, "reason": reason}
@@ -99,12 +102,29 @@ def family_of(case: Any) -> tuple[str, str]:
     return "expanded", known[0][1] if known else "Constant"
 
 
+def contenders() -> dict[str, Callable[[str], dict[str, Any]]]:
+    """What answers each case's path, by name."""
+    found: dict[str, Callable[[str], dict[str, Any]]]
+    found = {"ours": ours, "onnxruntime": onnxruntime, "tvm": tvm}
+    if importlib.util.find_spec("onnx2pytorch"):
+        found["onnx2pytorch"] = onnx2pytorch
+    return found
+
+
 def ours(path: str) -> dict[str, Any]:
     return _answer(path, run_ours)
 
 
-def stock(path: str) -> dict[str, Any]:
-    return _answer(path, _run_onnxruntime)
+def onnxruntime(path: str) -> dict[str, Any]:
+    return _answer(path, _peer(_run_onnxruntime))
+
+
+def tvm(path: str) -> dict[str, Any]:
+    return _answer(path, _peer(_run_tvm))
+
+
+def onnx2pytorch(path: str) -> dict[str, Any]:
+    return _answer(path, _peer(_run_onnx2pytorch))
 
 
 def _answer(path: str, compute: Callable[[Any, list], list]) -> dict[str, Any]:
@@ -175,21 +195,62 @@ def run_ours(model: Any, inputs: list[Any]) -> list[Any]:
     ]
 
 
-def _run_onnxruntime(model: Any, inputs: list[Any]) -> list[Any]:
+def _peer(run: Callable[[Any, dict[str, Any]], list]) -> Callable[[Any, list], list]:
+    """What computes a case by run(model, arrays by name), which knows numpy's own types alone."""
+
+    def compute(model: Any, inputs: list[Any]) -> list[Any]:
+        plain, feeds, types = _plain(model, inputs)
+        return [
+            value if dtype is None else value.astype(dtype)
+            for value, dtype in zip(run(plain, feeds), types, strict=True)
+        ]
+
+    return compute
+
+
+def _run_onnxruntime(model: Any, feeds: dict[str, Any]) -> list[Any]:
     import onnxruntime
 
     onnxruntime.set_default_logger_severity(4)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    plain, feeds, types = _plain(model, inputs)
     session = onnxruntime.InferenceSession(
-        plain.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
-    found = session.run(None, feeds)
-    return [
-        value if dtype is None else value.astype(dtype)
-        for value, dtype in zip(found, types, strict=True)
-    ]
+    return session.run(None, feeds)
+
+
+def _run_tvm(model: Any, feeds: dict[str, Any]) -> list[Any]:
+    import tvm
+    from tvm import relax
+    from tvm.relax.frontend.onnx import from_onnx
+
+    module = relax.transform.DecomposeOpsForInference()(from_onnx(model))
+    machine = relax.VirtualMachine(tvm.compile(module, target="llvm"), tvm.cpu())
+    found = machine["main"](*(tvm.runtime.tensor(value) for value in feeds.values()))
+    if len(model.graph.output) == 1:
+        found = [found]
+    return [x.numpy() if hasattr(x, "numpy") else np.asarray(list(x)) for x in found]
+
+
+def _run_onnx2pytorch(model: Any, feeds: dict[str, Any]) -> list[Any]:
+    import onnx2pytorch
+    import torch
+
+    def given(value: Any) -> Any:
+        if isinstance(value, list):
+            return [given(item) for item in value]
+        return torch.from_numpy(np.array(value))
+
+    def taken(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [taken(item) for item in value]
+        return np.asarray(value)
+
+    module = onnx2pytorch.ConvertModel(model, experimental=True).eval()
+    with torch.no_grad():
+        found = module(*map(given, feeds.values()))
+    return taken([found] if len(model.graph.output) == 1 else found)
 
 
 def _plain(model: Any, inputs: list[Any]) -> tuple[Any, dict[str, Any], list[Any]]:

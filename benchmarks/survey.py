@@ -35,6 +35,9 @@ def _serve(connection: Any, one: One) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     silence(ERROR)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
     torch.set_num_threads(1)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     connection.send("ready")
@@ -105,7 +108,7 @@ def survey(types: list[str], one: One, failed: Failed, label: str) -> dict[str, 
                 except Exception as error:
                     found[name] = failed(one_line(error), False)
                     worker.stop()
-                progress.update(task, advance=1, description=f"{label} {name}")
+                progress.update(task, advance=1, description=f"{label} {os.path.basename(name)}")
             worker.stop()
 
         threads = [threading.Thread(target=work) for _ in range(WORKERS)]
