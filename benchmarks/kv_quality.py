@@ -21,7 +21,7 @@ from regraft.benchmarks.perplexity import Total, add, text_windows
 from regraft.kernels.kvquant.codebook import fixed
 from regraft.passes import DEFAULT, Context, KVQuant
 from regraft.passes import run as run_passes
-from regraft.passes.budget import Option, cheapest, token_bits
+from regraft.passes.budget import Option, cheapest, shares, token_bits
 from regraft.passes.calibrate import (
     KINDS,
     PIECES,
@@ -95,11 +95,13 @@ def modes(samples: Sequence[dict[str, Samples]], bits: Sequence[int]) -> list[Mo
         made.append(kv_modes.rotated_vectors(each, layers, size))
         plain = [_ranged(layer, each, "normal_float") for layer in samples]
         made.append(kv_modes.from_fits(f"normal-float {each}-bit", plain, heads, size))
-        for share, suffix in ((0.0, ""), (SHARE, " + 1 %")):
-            known[each, share] = fits = [
+        for share in shares(SHARE):
+            known[each, share] = [
                 {kind: fit(kind, given, each, share, each == 2) for kind, given in layer.items()}
                 for layer in samples
             ]
+        for share, suffix in ((0.0, ""), (SHARE, " + 1 %")):
+            fits = known[each, share]
             made.append(kv_modes.from_fits(f"nuq {each}-bit{suffix}", fits, heads, size))
     if set(bits) == set(BITS):
         made.append(kv_modes.from_fits("nuq mixed", mixed(known, heads, size), heads, size))

@@ -21,6 +21,11 @@ class Option:
     choice: Any
 
 
+def shares(outliers: float) -> tuple[float, ...]:
+    """The shares of outliers among which a budget chooses: none, half and all of them."""
+    return tuple(sorted({0.0, outliers / 2, outliers}))
+
+
 def token_bits(kind: str, bits: int, outliers: float, heads: int, size: int, group: int = 0) -> int:
     """Bits that a token of keys or values takes in the body, rounded up.
 

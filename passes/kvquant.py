@@ -13,7 +13,7 @@ from torch import fx
 
 from regraft.kernels.kvquant.codebook import BITS
 from regraft.passes.base import Context, Pass, PassResult
-from regraft.passes.budget import Option, cheapest, token_bits
+from regraft.passes.budget import Option, cheapest, shares, token_bits
 from regraft.passes.calibrate import KINDS, Fit, Samples, collect, fit, pieces
 from regraft.program import LayerState, Program, RegraftError
 from regraft.program.calibration import load_calibration
@@ -152,7 +152,7 @@ class KVQuant(Pass):
                 heads, size = given.x.shape[1], given.x.shape[3]
                 choices = [(self.layer_bits(index)[kind], self.outliers)]
                 if self.budget is not None and kind not in (self.layers or {}).get(index, {}):
-                    choices = [(bits, o) for bits in BITS[:3] for o in {0.0, self.outliers}]
+                    choices = [(bits, o) for bits in BITS[:3] for o in shares(self.outliers)]
                 made = []
                 for bits, outliers in choices:
                     qnorm = bits == 2 if self.qnorm is None else self.qnorm
