@@ -114,6 +114,13 @@ FUNCTIONS: dict[str, tuple[str, str, str]] = {
     ),
     "as_float": (FLOAT, "unsigned x", "return __uint_as_float(x);"),
     "as_word": (WORD, "float x", "return __float_as_uint(x);"),
+    "ordered": (
+        WORD,
+        "float x",
+        "unsigned u = __float_as_uint(x); return u >> 31 ? ~u : u | 1u << 31;",
+    ),
+    "ones": ("int", "unsigned x", "return __popc(x);"),
+    "warp_total": ("int", "int x", "return __reduce_add_sync(~0u, x);"),
     "any": ("int", "int x", "return __any_sync(~0u, x);"),
     "ballot": (WORD, "int x", "return __ballot_sync(~0u, x);"),
     "leading_zeros": (
@@ -171,6 +178,7 @@ def store(buffer: Any, index: Expr, value: Expr) -> None:
 def let(value: Expr) -> Expr:
     """Bind a number where it stands: TVM would inline it, and copies what it finds in loops."""
     kinds = {"int32": "int", "uint32": WORD, "float32": FLOAT, "int64": "long long"}
+    kinds["uint64"] = "unsigned long long"
     kind = kinds.get(str(value.ty))
     if kind is None:
         return T.Bind(value)
