@@ -78,6 +78,11 @@ FUNCTIONS: dict[str, tuple[str, str, str]] = {
         'float d; asm("{.reg .f32 t; mul.rn.f32 t, %2, %3; add.rn.f32 %0, %1, t;}" '
         ': "=f"(d) : "f"(x), "f"(y), "f"(z)); return d;',
     ),
+    "divide": (
+        FLOAT,
+        "float x, float y",
+        'float d; asm("div.rn.f32 %0, %1, %2;" : "=f"(d) : "f"(x), "f"(y)); return d;',
+    ),
     "transpose": (
         WORD,
         "unsigned a",
@@ -114,6 +119,18 @@ FUNCTIONS: dict[str, tuple[str, str, str]] = {
     ),
     "as_float": (FLOAT, "unsigned x", "return __uint_as_float(x);"),
     "as_word": (WORD, "float x", "return __float_as_uint(x);"),
+    "ordered": (
+        WORD,
+        "float x",
+        "unsigned u = __float_as_uint(x); return u >> 31 ? ~u : u | 1u << 31;",
+    ),
+    "unordered": (
+        FLOAT,
+        "unsigned u",
+        "return __uint_as_float(u >> 31 ? u & ~(1u << 31) : ~u);",
+    ),
+    "ones": ("int", "unsigned x", "return __popc(x);"),
+    "warp_total": ("int", "int x", "return __reduce_add_sync(~0u, x);"),
     "any": ("int", "int x", "return __any_sync(~0u, x);"),
     "ballot": (WORD, "int x", "return __ballot_sync(~0u, x);"),
     "leading_zeros": (

@@ -28,8 +28,8 @@ def pack(codes: Tensor, bits: int, kind: str, layout: str) -> Tensor:
     flat = codes.flatten(-2)
     planes, low = [], 0
     for width in PLANES[bits]:
-        order = _order(kind, width, codes.shape[-1], layout, codes.device)
-        part = (flat >> low & 2**width - 1)[..., order].unflatten(-1, (-1, 8 // width))
+        places = order(kind, width, codes.shape[-1], layout, codes.device)
+        part = (flat >> low & 2**width - 1)[..., places].unflatten(-1, (-1, 8 // width))
         planes.append((part << _shifts(width, codes.device)).sum(-1, dtype=torch.uint8))
         low += width
     return torch.cat(planes, -1)
@@ -77,7 +77,7 @@ def load_bytes(size: int, width: int) -> int:
 
 
 @cache
-def _order(kind: str, width: int, size: int, layout: str, device: torch.device) -> Tensor:
+def order(kind: str, width: int, size: int, layout: str, device: torch.device) -> Tensor:
     """Which of the 32 * size codes, token by token, lies in each place."""
     if size % (16 if layout == "cuda" else 8):
         raise ValueError(f"a head of {size} channels cannot be packed for {layout}")
@@ -96,7 +96,7 @@ def _order(kind: str, width: int, size: int, layout: str, device: torch.device) 
 
 @cache
 def _places(kind: str, width: int, size: int, layout: str, device: torch.device) -> Tensor:
-    return _order(kind, width, size, layout, device).argsort()
+    return order(kind, width, size, layout, device).argsort()
 
 
 @cache

@@ -114,3 +114,20 @@ class Turns:
     def bytes(self) -> int:
         """All that a block of threads has."""
         return 4 * self.floats + self.size * BYTE_PITCH
+
+
+@dataclass(frozen=True)
+class Coded:
+    """What the kernels that code whole blocks are generated for: count outliers a token, of all
+    heads; with feedback, channels are coded in turn by a kernel of its own."""
+
+    kind: str
+    heads: int
+    size: int
+    bits: int
+    count: int
+    feedback: bool
+
+    @property
+    def channels(self) -> int:
+        return self.heads * self.size
