@@ -61,8 +61,6 @@ def attend(
     """Output, exact keys and exact values of a layer; the rest of its state becomes inputs and
     outputs of the model."""
     layer: Any = new_layer(b.cache.layers[index])
-    if layer.spread:
-        raise NotImplementedError("the codebook 'rotated' has no ONNX form yet")
     cos, sin, interleaved, offset = turn
     heads, size = int(k.shape[1]), int(k.shape[3])
     rotated = 0 if cos is None else int(cos.shape[-1])
@@ -88,7 +86,7 @@ def attend(
         *("KVQuantAttention", onnx.cached_attention, q, k, v, mask, cos, sin, sinks),
         *given.values(),
         outputs=3 + len(states), names=tuple(given), sides=sides, sink=layer.sink, tail=layer.tail,
-        scale=scale, softcap=softcap,
+        spread=layer.spread, scale=scale, softcap=softcap,
     )  # fmt: skip
     for (name, (shape, dtype)), value_ in zip(states.items(), made, strict=True):
         _output(b, f"present.{index}.{name}", value_, shape, dtype)
