@@ -62,14 +62,15 @@ class Side:
 
 
 def cached_attention(
-    b: Any, q: Any, k: Any, v: Any, mask: Any, cos: Any, sin: Any, sinks: Any, *rest: Any,
-    names: Sequence[str], sides: tuple[Side, Side], sink: int, tail: int, spread: bool,
+    b: Any, q: Any, k: Any, v: Any, mask: Any, padding: Any, cos: Any, sin: Any, sinks: Any,
+    *rest: Any, names: Sequence[str], sides: tuple[Side, Side], sink: int, tail: int, spread: bool,
     scale: float, softcap: float,
 ) -> list[Any]:  # fmt: skip
     """Attend unrotated q to the cache and to k, v [B, H, S, D] that it is given: the output and
-    the cache, its tensors in the order of ``state_names``.
+    the cache, its tensors in the order of ``Side.state``.
 
-    cos, sin: [B, T, D/2] of all positions, the last those of q, or None. rest: tensors by names:
+    padding: int64 [B], the tokens of each row to put behind its sink, or None. cos, sin:
+    [B, T, D/2] of all positions, the last those of q, or None. rest: tensors by names:
     the past cache, and key_* and value_* of TENSORS. What has left the tail is coded first.
     spread: see ``QuantizedLayer``.
     """
@@ -84,6 +85,11 @@ def cached_attention(
         v = _spread(b, v, sides[1].size)
     key, value = given["key"], given["value"]
     body, past = b.size(given["key_codes"], 2), b.size(key, 2)
+    if padding is not None:
+        start = b.op("Equal", past, b.constant([0]), dtype=torch.bool)
+        mask = _sinks_first(b, mask, padding, sink, 3)
+        now = b.op("Where", start, padding, b.constant([0]), dtype=INT)
+        k, v = (_sinks_first(b, x, now, sink, 2) for x in (k, v))
     step = sides[0].group or BLOCK
     spare = b.op("Sub", past, b.constant([sink + tail]))
     spare = b.op("Max", spare, b.constant([0]))
@@ -122,7 +128,7 @@ def cached_attention(
         ]
 
     some = b.op("Greater", b.squeeze(count, 0), b.constant(0), dtype=torch.bool)
-    made = b.either(some, code, nothing, [shapes[name][1] for name in coded])
+    made = b.either(some, code, nothing)
     axes = {"codes": 2}
     states = {}
     for name, new in zip(coded, made, strict=True):
@@ -157,6 +163,32 @@ def _spread(b: Any, x: Any, size: int) -> Any:
     made = b.op("MatMul", x, b.op("CastLike", b.constant(hadamard(size)), x))
     made.shape = x.shape
     return made
+
+
+def _sinks_first(b: Any, x: Any, padding: Any, sink: int, dim: int) -> Any:
+    """x [B or 1, ...] with the slots of each row along dim as ``runtime.quantized`` has them: its
+    first ``sink`` real tokens, then its padding [B], then the rest."""
+
+    def moved(inner: Any) -> list[Any]:
+        slot = inner.unsqueeze(inner.range(inner.size(x, dim)), 0)
+        ahead = inner.unsqueeze(padding, 1)
+        back = inner.op("Sub", slot, inner.constant([sink]))
+        behind = inner.op("Less", back, ahead, dtype=torch.bool)
+        rest = inner.op("Where", behind, back, slot, dtype=INT)
+        front = inner.op("Less", slot, inner.constant([sink]), dtype=torch.bool)
+        slots = inner.op("Where", front, inner.op("Add", slot, ahead), rest, dtype=INT)
+        wide = inner.op("Concat", inner.size(padding, 0), inner.constant([1, 1, 1]), axis=0)
+        order = (0, 2, 1, 3) if dim == 2 else (0, 3, 1, 2)
+        back_order = (0, 2, 1, 3) if dim == 2 else (0, 2, 3, 1)
+        turned = inner.transpose(inner.op("Expand", x, wide), *order)
+        taken = inner.op("GatherND", turned, inner.unsqueeze(slots, 2), batch_dims=1)
+        return [inner.transpose(taken, *back_order)]
+
+    most = b.op("ReduceMax", padding, keepdims=0)
+    some = b.op("Greater", most, b.constant(0), dtype=torch.bool)
+    made = b.either(some, moved, lambda inner: [x])
+    made[0].shape = x.shape
+    return made[0]
 
 
 def _rows(table: Any, like: Any) -> Any:
