@@ -17,6 +17,7 @@ from regraft.runtime.causal_lm import Compiled, SessionCache
 MODEL = "model.onnx"
 PAST, PRESENT = "past_key_values.", "present."
 TABLES = (f"{PAST}cos", f"{PAST}sin")
+PADDING = f"{PAST}padding"
 TYPES = {
     "tensor(float)": (np.float32, torch.float32),
     "tensor(float16)": (np.float16, torch.float16),
@@ -54,7 +55,9 @@ class OnnxState:
         """The shortest nonzero length truncate can reach."""
         codes = (value.shape()[2] for name, value in self.past.items() if name.endswith("_codes"))
         coded = max(codes, default=0)
-        return coded + self.sink if coded else 0
+        padding = (x.numpy().max() for name, x in self.past.items() if name.startswith(PADDING))
+        moved = max((int(count) for count in padding), default=0)
+        return max(coded, moved) + self.sink if coded or moved else 0
 
     def feeds(self, batch: int) -> dict[str, Any]:
         """The past, of no tokens at first."""

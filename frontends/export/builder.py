@@ -75,7 +75,9 @@ class Builder:
         self.weights = Weights({})
         self.inputs: list[ir.Value] = []
         self.outputs: list[ir.Value] = []
+        self.given: dict[str, ir.Value] = {}
         self.tables: dict[ir.Value, tuple[ir.Value, ...]] = {}
+        self.padding: dict[int, ir.Value] = {}
 
     def op(
         self,
@@ -224,16 +226,16 @@ class Builder:
         condition: ir.Value,
         then: Callable[[Builder], list[ir.Value]],
         otherwise: Callable[[Builder], list[ir.Value]],
-        dtypes: Sequence[torch.dtype],
     ) -> list[ir.Value]:
         """The results of then(builder) or otherwise(builder), whose nodes may read those here."""
         graphs: dict[str, Any] = {}
         for name, body in (("then_branch", then), ("else_branch", otherwise)):
             graphs[name] = self._graph([], body)
-        made = self.op("If", condition, outputs=len(dtypes), **graphs)
-        made = [made] if len(dtypes) == 1 else made
-        for value, dtype in zip(made, dtypes, strict=True):
-            value.type = ir.TensorType(DTYPES[dtype])
+        kinds = [x.type for x in graphs["then_branch"].outputs]
+        made = self.op("If", condition, outputs=len(kinds), **graphs)
+        made = [made] if len(kinds) == 1 else made
+        for value, kind in zip(made, kinds, strict=True):
+            value.type = kind
         return made
 
     def scan(

@@ -32,6 +32,7 @@ def convert(program: Program, builder: Builder, producer_version: str) -> ir.Mod
     builder.weights = weights = Weights(program.metadata.get("parameters", {}))
     placeholders = program.graph.find_nodes(op="placeholder")
     inputs = [_input(spec) for spec in program.inputs]
+    builder.given = {str(value.name): value for value in inputs}
     env: dict[fx.Node, Any] = dict(zip(placeholders, inputs, strict=True))
     results = _run(program.graph_module, env, builder)
     outputs = []

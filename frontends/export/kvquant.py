@@ -9,7 +9,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-from regraft.frontends.export.builder import DTYPES, FLOAT, Builder
+from regraft.frontends.export.builder import DTYPES, FLOAT, INT, Builder
 from regraft.kernels.kvquant import onnx
 from regraft.kernels.kvquant.feedback import feedback
 from regraft.kernels.kvquant.onnx import Side
@@ -61,8 +61,6 @@ def attend(
     """Output, exact keys and exact values of a layer; the rest of its state becomes inputs and
     outputs of the model."""
     layer: Any = new_layer(b.cache.layers[index])
-    if layer.spread:
-        raise NotImplementedError("the codebook 'rotated' has no ONNX form yet")
     cos, sin, interleaved, offset = turn
     heads, size = int(k.shape[1]), int(k.shape[3])
     rotated = 0 if cos is None else int(cos.shape[-1])
@@ -77,6 +75,9 @@ def attend(
         for kind, coding, x in (("key", layer.key.coding, k), ("value", layer.value.coding, v))
     )
     given = {"key": past_key, "value": past_value}
+    padded = None
+    if layer.sink and mask is not None and mask.dtype == ir.DataType.BOOL:
+        padded = _padding(b, layer.sink, past_key)
     states = {name: part for side in sides for name, part in side.state.items()}
     for name, (shape, dtype) in states.items():
         given[name] = _input(b, f"past_key_values.{index}.{name}", shape, dtype)
@@ -85,10 +86,10 @@ def attend(
             target = f"kvquant.{index}.{side.kind}_{name}"
             given[f"{side.kind}_{name}"] = b.weights.value(target, tensor)
     out, key, value, *made = b.call(
-        *("KVQuantAttention", onnx.cached_attention, q, k, v, mask, cos, sin, sinks),
+        *("KVQuantAttention", onnx.cached_attention, q, k, v, mask, padded, cos, sin, sinks),
         *given.values(),
         outputs=3 + len(states), names=tuple(given), sides=sides, sink=layer.sink, tail=layer.tail,
-        scale=scale, softcap=softcap,
+        spread=layer.spread, scale=scale, softcap=softcap,
     )  # fmt: skip
     for (name, (shape, dtype)), value_ in zip(states.items(), made, strict=True):
         _output(b, f"present.{index}.{name}", value_, shape, dtype)
@@ -137,6 +138,26 @@ def _table(b: Builder, cos: ir.Value, sin: ir.Value, half: int, like: ir.Value) 
             tables.append(whole)
         b.tables[cos] = tuple(tables)
     return b.tables[cos]
+
+
+def _padding(b: Builder, sink: int, past_key: ir.Value) -> ir.Value:
+    """Padding [B] in front of each row of the prompt, as state that layers of equal sinks share;
+    0 where a row has fewer tokens than the sink. See ``runtime.quantized``."""
+    if sink not in b.padding:
+        number = f".{len(b.padding)}" if b.padding else ""
+        past = _input(b, f"past_key_values.padding{number}", ("batch_size",), INT)
+        real = b.to(b.given["attention_mask"], torch.int32)
+        first = b.op("ArgMax", real, dtype=INT, axis=1, keepdims=0)
+        last = b.op("ReduceMax", first, keepdims=0)
+        fewest = b.op("Sub", b.squeeze(b.size(real, 1), 0), last)
+        enough = b.op("GreaterOrEqual", fewest, b.constant(sink), dtype=torch.bool)
+        found = b.op("Where", enough, first, b.constant([0]), dtype=INT)
+        start = b.op("Equal", b.size(past_key, 2), b.constant([0]), dtype=torch.bool)
+        now = b.op("Where", start, found, past, dtype=INT)
+        _output(b, f"present.padding{number}", now, ("batch_size",), INT)
+        now.shape = past.shape
+        b.padding[sink] = now
+    return b.padding[sink]
 
 
 def _input(b: Builder, name: str, shape: Any, dtype: torch.dtype) -> ir.Value:

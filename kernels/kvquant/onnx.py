@@ -15,6 +15,7 @@ import torch
 
 from regraft.kernels.attention.onnx import attention
 from regraft.kernels.kvquant.feedback import turns
+from regraft.kernels.kvquant.hadamard import hadamard
 from regraft.kernels.kvquant.layout import BLOCK, PLANES
 from regraft.kernels.rotary.onnx import rotate
 
@@ -61,19 +62,34 @@ class Side:
 
 
 def cached_attention(
-    b: Any, q: Any, k: Any, v: Any, mask: Any, cos: Any, sin: Any, sinks: Any, *rest: Any,
-    names: Sequence[str], sides: tuple[Side, Side], sink: int, tail: int, scale: float,
-    softcap: float,
+    b: Any, q: Any, k: Any, v: Any, mask: Any, padding: Any, cos: Any, sin: Any, sinks: Any,
+    *rest: Any, names: Sequence[str], sides: tuple[Side, Side], sink: int, tail: int, spread: bool,
+    scale: float, softcap: float,
 ) -> list[Any]:  # fmt: skip
     """Attend unrotated q to the cache and to k, v [B, H, S, D] that it is given: the output and
-    the cache, its tensors in the order of ``state_names``.
+    the cache, its tensors in the order of ``Side.state``.
 
-    cos, sin: [B, T, D/2] of all positions, the last those of q, or None. rest: tensors by names:
+    padding: int64 [B], the tokens of each row to put behind its sink, or None. cos, sin:
+    [B, T, D/2] of all positions, the last those of q, or None. rest: tensors by names:
     the past cache, and key_* and value_* of TENSORS. What has left the tail is coded first.
+    spread: see ``QuantizedLayer``.
     """
     given = dict(zip(names, rest, strict=True))
+    if cos is not None:
+        length = b.size(cos, 1)
+        first = b.op("Sub", length, b.size(q, 2))
+        new = [b.op("Slice", t, first, length, b.constant([1])) for t in (cos, sin)]
+        q, k = (rotate(b, x, *(_rows(t, cos) for t in new), False, 0) for x in (q, k))
+    if spread:
+        q, k = (_spread(b, x, sides[0].size) for x in (q, k))
+        v = _spread(b, v, sides[1].size)
     key, value = given["key"], given["value"]
     body, past = b.size(given["key_codes"], 2), b.size(key, 2)
+    if padding is not None:
+        start = b.op("Equal", past, b.constant([0]), dtype=torch.bool)
+        mask = _sinks_first(b, mask, padding, sink, 3)
+        now = b.op("Where", start, padding, b.constant([0]), dtype=INT)
+        k, v = (_sinks_first(b, x, now, sink, 2) for x in (k, v))
     step = sides[0].group or BLOCK
     spare = b.op("Sub", past, b.constant([sink + tail]))
     spare = b.op("Max", spare, b.constant([0]))
@@ -81,7 +97,7 @@ def cached_attention(
     end = b.op("Add", count, b.constant([sink]))
     gone = [b.op("Slice", x, b.constant([sink]), end, b.constant([2])) for x in (key, value)]
     begin = b.op("Add", body, b.constant([sink]))
-    if cos is not None:
+    if cos is not None and not spread:
         there = [b.op("Slice", t, begin, b.op("Add", begin, count), b.constant([1]))
                  for t in (cos, sin)]  # fmt: skip
     else:
@@ -112,7 +128,7 @@ def cached_attention(
         ]
 
     some = b.op("Greater", b.squeeze(count, 0), b.constant(0), dtype=torch.bool)
-    made = b.either(some, code, nothing, [shapes[name][1] for name in coded])
+    made = b.either(some, code, nothing)
     axes = {"codes": 2}
     states = {}
     for name, new in zip(coded, made, strict=True):
@@ -123,14 +139,10 @@ def cached_attention(
         for x in (key, value)
     ]
     keys = _dequantize(b, sides[0], states, given)
-    if cos is not None:
+    if there:
         stop = b.op("Add", begin, count)
         rows = [b.op("Slice", t, b.constant([sink]), stop, b.constant([1])) for t in (cos, sin)]
         keys = rotate(b, keys, *(_rows(t, cos) for t in rows), False, 0)
-        length = b.size(cos, 1)
-        first = b.op("Sub", length, b.size(q, 2))
-        new = [b.op("Slice", t, first, length, b.constant([1])) for t in (cos, sin)]
-        q, k = (rotate(b, x, *(_rows(t, cos) for t in new), False, 0) for x in (q, k))
     dtype = given["key"].dtype
     middles = keys, _dequantize(b, sides[1], states, given)
     whole = []
@@ -141,7 +153,42 @@ def cached_attention(
         whole.append(joined)
     exact = [b.op("Concat", *parts, new, axis=2) for parts, new in zip(kept, (k, v), strict=True)]
     out = attention(b, q, *whole, mask, sinks, scale, softcap, True)
+    if spread:
+        out = _spread(b, out, sides[1].size)
     return [out, *exact, *states.values()]
+
+
+def _spread(b: Any, x: Any, size: int) -> Any:
+    """There and, once more, back."""
+    made = b.op("MatMul", x, b.op("CastLike", b.constant(hadamard(size)), x))
+    made.shape = x.shape
+    return made
+
+
+def _sinks_first(b: Any, x: Any, padding: Any, sink: int, dim: int) -> Any:
+    """x [B or 1, ...] with the slots of each row along dim as ``runtime.quantized`` has them: its
+    first ``sink`` real tokens, then its padding [B], then the rest."""
+
+    def moved(inner: Any) -> list[Any]:
+        slot = inner.unsqueeze(inner.range(inner.size(x, dim)), 0)
+        ahead = inner.unsqueeze(padding, 1)
+        back = inner.op("Sub", slot, inner.constant([sink]))
+        behind = inner.op("Less", back, ahead, dtype=torch.bool)
+        rest = inner.op("Where", behind, back, slot, dtype=INT)
+        front = inner.op("Less", slot, inner.constant([sink]), dtype=torch.bool)
+        slots = inner.op("Where", front, inner.op("Add", slot, ahead), rest, dtype=INT)
+        wide = inner.op("Concat", inner.size(padding, 0), inner.constant([1, 1, 1]), axis=0)
+        order = (0, 2, 1, 3) if dim == 2 else (0, 3, 1, 2)
+        back_order = (0, 2, 1, 3) if dim == 2 else (0, 2, 3, 1)
+        turned = inner.transpose(inner.op("Expand", x, wide), *order)
+        taken = inner.op("GatherND", turned, inner.unsqueeze(slots, 2), batch_dims=1)
+        return [inner.transpose(taken, *back_order)]
+
+    most = b.op("ReduceMax", padding, keepdims=0)
+    some = b.op("Greater", most, b.constant(0), dtype=torch.bool)
+    made = b.either(some, moved, lambda inner: [x])
+    made[0].shape = x.shape
+    return made[0]
 
 
 def _rows(table: Any, like: Any) -> Any:
@@ -267,10 +314,10 @@ def _largest(b: Any, error: Any, side: Side) -> Any:
 def _mask(b: Any, exact: Any, side: Side) -> Any:
     """1.0 where a number is an outlier [B, H, T, D]."""
     index, used = exact
-    return _spread(b, index, b.cast(used, FLOAT), side)
+    return _scattered(b, index, b.cast(used, FLOAT), side)
 
 
-def _spread(b: Any, index: Any, x: Any, side: Side) -> Any:
+def _scattered(b: Any, index: Any, x: Any, side: Side) -> Any:
     """x at places index of rows that share their outliers, else 0, [B, H, T, D]."""
     many = (BLOCK if side.kind == "key" else 1) * side.heads * side.size
     sizes = b.op("Concat", b.op("Shape", index, dtype=INT, end=2), b.constant([many]), axis=0)
@@ -388,6 +435,6 @@ def _dequantize(b: Any, side: Side, states: dict[str, Any], given: dict[str, Any
     if side.count:
         index = b.cast(b.cast(states[f"{kind}_places"], torch.int32), INT)
         residual = b.cast(states[f"{kind}_outliers"], FLOAT)
-        read = b.op("Add", read, _spread(b, index, residual, side))
+        read = b.op("Add", read, _scattered(b, index, residual, side))
     read.shape = ir.Shape([None, side.heads, None, side.size])
     return read

@@ -119,6 +119,7 @@ def test_onnx_is_a_target(llama, batch):
         {"bits": {"key": 3, "value": 2}, "outliers": 0.03},
         {"bits": 8, "outliers": 0.0},
         {"bits": 2, "tail": 16},
+        {"bits": 3, "codebook": "rotated"},
     ],
     ids=str,
 )
@@ -145,6 +146,39 @@ def test_quantised_exports_follow_the_compiled_program(llama, tmp_path, settings
         caches[0].crop(20)
     caches[0].crop(start - 2)
     assert caches[0].state.length == start - 2
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt_neox", "gemma2"])
+def test_exports_of_rotated_codes_generate_alike(model_type, tmp_path):
+    quantized = regraft.KVQuant(bits=3, codebook="rotated")
+    compiled = regraft.compile(tiny(model_type), [quantized], target="reference")
+    compiled.export_onnx(tmp_path / "out")
+    exported = regraft.load(tmp_path / "out")
+    ids = torch.randint(3, 256, (2, 150), generator=torch.Generator().manual_seed(1))
+    made = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(exported.generate(ids, **made), compiled.generate(ids, **made))
+
+
+@pytest.mark.parametrize("codebook", ["lloyd_max", "rotated"])
+@pytest.mark.parametrize("model_type", ["llama", "gemma2"])
+def test_sinks_of_padded_rows_are_their_own_first_tokens(model_type, codebook, tmp_path):
+    quantized = regraft.KVQuant(bits=2, codebook=codebook)
+    compiled = regraft.compile(tiny(model_type), [quantized], target="reference")
+    compiled.export_onnx(tmp_path / "out")
+    exported = regraft.load(tmp_path / "out")
+    ids = torch.randint(3, 256, (3, 240), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[1, :37] = mask[2, :90] = 0
+    caches, stop = (exported.new_cache(), compiled.new_cache()), 0
+    for size in (150, 1, 5, 1, 70, 1):
+        part = slice(stop, stop := stop + size)
+        got, want = (
+            model(ids[:, part], mask[:, :stop], past_key_values=cache).logits
+            for model, cache in zip((exported, compiled), caches, strict=True)
+        )
+        seen = mask[:, part].bool()
+        assert (got - want)[seen].abs().max() < 2e-3 * want[seen].abs().max()
+    assert caches[0].state.floor == max(layer.floor for layer in caches[1].state.layers)
 
 
 def test_bad_requests(compiled, folder, tmp_path):
