@@ -92,20 +92,28 @@ def to_onnx(
     onnxruntime's own operators it uses."""
     from regraft import __version__
 
-    if program.prefill is not None or program.cache.states:
-        raise RegraftError("recurrent layers run prompts by other code: no single ONNX graph")
-    whole = quantized_lengths(_without_choice(program))
     builder = Builder(opset, functions, contrib)
-    model = convert(whole, builder, __version__)
+    model = convert(_prepared(program), builder, __version__)
     rows = [{"pass": row.name, "matches": row.matches} for row in report.rows]
     layers = sorted({layer.format for layer in program.cache.layers})
     model.metadata_props.update(
         regraft_version=__version__, regraft_passes=json.dumps(rows), regraft_cache=",".join(layers)
     )
+    if program.cache.states:
+        states = [spec.name for spec in program.cache.states]
+        model.metadata_props["regraft_states"] = json.dumps(states)
+    contexts = [part.context for part in program.parts.values() if part.context is not None]
+    if contexts:
+        model.metadata_props["regraft_context"] = str(min(contexts))
     settings = [dict(layer.settings) for layer in program.cache.layers if layer.settings]
     if settings:
         model.metadata_props["regraft_cache_settings"] = json.dumps(settings)
     return model, builder.fused
+
+
+def _prepared(program: Program) -> Program:
+    whole = quantized_lengths(_without_choice(program))
+    return replace(whole, prefill=program.prefill and _prepared(program.prefill))
 
 
 def _without_choice(program: Program) -> Program:

@@ -156,7 +156,7 @@ def unbind(b: Builder, x: ir.Value, dim: int = 0) -> Any:
     return [b.op("Gather", x, b.constant(i, INT), axis=dim) for i in range(int(count))]  # type: ignore
 
 
-@lowers("aten.cat", "aten.concat")
+@lowers("aten.cat", "aten.concat", "aten.concatenate")
 def cat(b: Builder, tensors: list[ir.Value], dim: int = 0) -> Any:
     return b.op("Concat", *(b.to(x) for x in tensors), axis=dim)
 
