@@ -170,10 +170,14 @@ class Builder:
         return self.op("Shape", x, dtype=INT, start=dim, end=dim + 1 or None)
 
     def reshape(self, x: ir.Value, sizes: Sequence[Any]) -> ir.Value:
-        return self.op("Reshape", x, self.numbers(sizes))
+        made = self.op("Reshape", x, self.numbers(sizes))
+        made.shape = ir.Shape([n if isinstance(n, int) and n > 0 else None for n in sizes])
+        return made
 
     def transpose(self, x: ir.Value, *order: int) -> ir.Value:
-        return self.op("Transpose", x, perm=list(order))
+        made = self.op("Transpose", x, perm=list(order))
+        made.shape = None if x.shape is None else ir.Shape([x.shape[d] for d in order])
+        return made
 
     def slice(self, x: ir.Value, start: Any, stop: Any, axis: int, step: int = 1) -> ir.Value:
         ends = (self.vector(item) for item in (start, stop))

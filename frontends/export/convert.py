@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import onnx_ir as ir
 
-from regraft.frontends.export.builder import DOMAIN, DTYPES, Builder, State, Weights
+from regraft.frontends.export.builder import DOMAIN, DTYPES, Builder, State, Weights, rank
 from regraft.frontends.export.sequence import sequence
 from regraft.frontends.export.step import step
 from regraft.program import Program, TensorSpec
@@ -78,10 +78,10 @@ def _after(name: str, state: State) -> TensorSpec:
 
 
 def keep_transposed(graph: ir.Graph) -> None:
-    """Store weights that are only used transposed the other way round, without the Transpose."""
+    """Store matrices that are only used transposed the other way round, without the Transpose."""
     for weight in list(graph.initializers.values()):
         users = [use.node for use in weight.uses()]
-        if not users or any(n.op_type != "Transpose" for n in users):
+        if not users or any(n.op_type != "Transpose" for n in users) or rank(weight) != 2:
             continue
         turned = _turned(weight)
         weight.const_value, weight.shape = turned, turned.shape
