@@ -14,7 +14,7 @@ from dataclasses import replace
 import onnx_ir as ir
 import torch
 
-from regraft.frontends.export.builder import DTYPES, Builder, Size, State
+from regraft.frontends.export.builder import DTYPES, Builder, Size, State, Weights
 from regraft.frontends.export.step import step
 from regraft.program import Program, TensorSpec
 
@@ -70,6 +70,7 @@ def _beside(b: Builder, program: Program, given: Values) -> dict[str, State]:
         return {}
     trial = b.inside()
     trial.functions, trial._made, trial._names = {}, {}, {}
+    trial.weights = Weights({})
     step(trial, program, dict(given))
     return trial.presents
 
