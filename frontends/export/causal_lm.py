@@ -14,6 +14,7 @@ from torch import fx
 
 from regraft.frontends.export.builder import Builder
 from regraft.frontends.export.convert import convert
+from regraft.frontends.export.genai import fits, genai_config
 from regraft.frontends.export.kvquant import quantized_lengths
 from regraft.program import Program, RegraftError, Report
 from regraft.program.folders import folder_written_whole, is_empty
@@ -71,7 +72,7 @@ def export(
             compiled.generation_config.save_pretrained(made)
             if tokenizer is not None:
                 tokenizer.save_pretrained(made)
-            if all(layer.format == "dense" for layer in compiled.program.cache.layers):
+            if fits(compiled.program.cache):
                 settings = genai_config(compiled.config, compiled.generation_config, model.graph)
                 (made / "genai_config.json").write_text(json.dumps(settings, indent=2))
             errors = check(made / MODEL, compiled, together=not fused)
@@ -151,68 +152,3 @@ def _keep_all(graph: fx.Graph, ids: fx.Node, keep: fx.Node) -> None:
         every = graph.call_function(torch.ops.aten.arange.default, (length,))
     every.meta["spec"] = torch.int64, ("sequence_length",)
     keep.replace_all_uses_with(every)
-
-
-def genai_config(config: Any, generation: Any, graph: ir.Graph) -> dict[str, Any]:
-    """The settings that onnxruntime-genai reads."""
-    text = config.get_text_config(decoder=True)
-    tokens = {
-        kind: next(
-            (n for c in (generation, config, text) if (n := getattr(c, f"{kind}_token_id", None))
-             is not None),
-            None,
-        )
-        for kind in ("bos", "eos", "pad")
-    }  # fmt: skip
-    ends = tokens["eos"]
-    pad = (
-        tokens["pad"] if tokens["pad"] is not None else ends[0] if isinstance(ends, list) else ends
-    )
-    caches = [v for v in graph.inputs if str(v.name).startswith("past_key_values.")]
-    keys = [v for v in caches if str(v.name).endswith(".key")]
-    longest = getattr(text, "max_position_embeddings", 2048)
-    shared = int(keys[0].shape[1]) if keys else 0  # type: ignore[index, arg-type]
-    head = int(keys[0].shape[3]) if keys else 0  # type: ignore[index, arg-type]
-    own = [v.name for v in graph.inputs if v not in caches]
-    return {
-        "model": {
-            "bos_token_id": tokens["bos"] or 0,
-            "eos_token_id": ends,
-            "pad_token_id": pad,
-            "context_length": longest,
-            "type": config.model_type,
-            "vocab_size": text.vocab_size,
-            "decoder": {
-                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
-                "filename": MODEL,
-                "head_size": head,
-                "hidden_size": getattr(text, "hidden_size", 0),
-                "num_attention_heads": getattr(text, "num_attention_heads", shared),
-                "num_hidden_layers": len(keys),
-                "num_key_value_heads": shared,
-                "inputs": {name: name for name in own}
-                | {
-                    "past_key_names": "past_key_values.%d.key",
-                    "past_value_names": "past_key_values.%d.value",
-                },
-                "outputs": {
-                    "logits": "logits",
-                    "present_key_names": "present.%d.key",
-                    "present_value_names": "present.%d.value",
-                },
-            },
-        },
-        "search": {
-            "do_sample": bool(generation.do_sample),
-            "early_stopping": True,
-            "max_length": longest,
-            "min_length": 0,
-            "num_beams": 1,
-            "num_return_sequences": 1,
-            "past_present_share_buffer": False,
-            "repetition_penalty": generation.repetition_penalty or 1.0,
-            "temperature": generation.temperature or 1.0,
-            "top_k": generation.top_k or 50,
-            "top_p": generation.top_p or 1.0,
-        },
-    }
