@@ -13,6 +13,7 @@ from torch import Tensor
 
 from regraft.program import RegraftError, TensorSpec
 from regraft.runtime.causal_lm import Compiled, SessionCache
+from regraft.runtime.onnx_session import OnnxSession, open_session
 from regraft.runtime.recurrent import RecurrentStates, growing
 
 MODEL = "model.onnx"
@@ -155,25 +156,12 @@ class OnnxCausalLM(Compiled):
         self.regions = {}
 
     @classmethod
-    def load(cls, folder: Path) -> OnnxCausalLM:
-        """The model of a folder with model.onnx, config.json and generation_config.json."""
-        return cls.open(folder / MODEL, *configurations(folder))
-
-    @classmethod
     def open(cls, path: Path, config: Any, generation_config: Any) -> OnnxCausalLM:
         """RegraftError where onnxruntime refuses the file."""
-        import onnxruntime
+        return cls.of(open_session(path), config, generation_config)
 
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        options.intra_op_num_threads = torch.get_num_threads()
-        try:
-            session = onnxruntime.InferenceSession(
-                str(path), options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:
-            first = str(error).splitlines()[0]
-            raise RegraftError(f"onnxruntime refuses {path.name}: {first}") from error
+    @classmethod
+    def of(cls, session: Any, config: Any, generation_config: Any) -> OnnxCausalLM:
         kind = type("Onnx" + (config.architectures or ["CausalLM"])[0], (cls,), {})
         return kind(session, config, generation_config)
 
@@ -260,3 +248,12 @@ def configurations(folder: Path) -> tuple[Any, Any]:
         return config, GenerationConfig.from_pretrained(folder)
     except OSError:
         return config, GenerationConfig.from_model_config(config)
+
+
+def load_onnx(folder: Path) -> OnnxCausalLM | OnnxSession:
+    """The model of a folder with model.onnx; one with a cache is a language model, whose
+    config.json and generation_config.json lie beside it."""
+    session = open_session(folder / MODEL)
+    if not any(value.name.startswith(PAST) for value in session.get_inputs()):
+        return OnnxSession(session)
+    return OnnxCausalLM.of(session, *configurations(folder))

@@ -3,43 +3,20 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import onnx
 import onnx_ir as ir
 import torch
 from torch import fx
 
 from regraft.frontends.export.builder import Builder
 from regraft.frontends.export.convert import convert
+from regraft.frontends.export.files import MODEL, Exported, checked_target, written
 from regraft.frontends.export.genai import fits, genai_config
 from regraft.frontends.export.kvquant import quantized_lengths
-from regraft.program import Program, RegraftError, Report
-from regraft.program.folders import folder_written_whole, is_empty
-
-MODEL, DATA = "model.onnx", "model.onnx.data"
-OPSETS = range(18, 25)
-
-
-@dataclass(frozen=True)
-class Exported:
-    """What an export wrote: bytes of the files and of the weights, for each check the largest
-    difference from the compiled program over the largest logit, and how many of onnxruntime's own
-    operators were used."""
-
-    folder: Path
-    file_bytes: int
-    weight_bytes: int
-    errors: dict[str, float]
-    fused: dict[str, int]
-
-    def __str__(self) -> str:
-        checks = ", ".join(f"{name} {error:.1e}" for name, error in self.errors.items())
-        used = "".join(f"; {count} {name}" for name, count in self.fused.items())
-        size = f"{self.file_bytes / 2**20:.0f} MiB"
-        return f"{self.folder}: {size}{used}; error over logits: {checks}"
+from regraft.program import Program, Report
 
 
 def export(
@@ -55,31 +32,19 @@ def export(
     """See ``Compiled.export_onnx``."""
     from regraft.frontends.export.check import check
 
-    folder = Path(folder).absolute()
-    if opset not in OPSETS:
-        raise RegraftError(f"opset {opset}: {OPSETS[0]} to {OPSETS[-1]} can be written")
-    if folder.exists() and not is_empty(folder) and not force:
-        raise RegraftError(f"{folder} exists: name another folder, or ask for --force")
-    if folder.exists() and not folder.is_dir():
-        raise RegraftError(f"{folder} is a file: name a folder")
+    folder = checked_target(folder, opset, force)
     model, fused = to_onnx(compiled.program, compiled.report, opset, functions, contrib)
-    weights = sum(w.const_value.nbytes for w in model.graph.initializers.values())  # type: ignore
-    try:
-        with folder_written_whole(folder) as made:
-            ir.save(model, made / MODEL, external_data=DATA, size_threshold_bytes=1024)
-            onnx.checker.check_model(str(made / MODEL))
-            compiled.config.save_pretrained(made)
-            compiled.generation_config.save_pretrained(made)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(made)
-            if fits(compiled.program.cache):
-                settings = genai_config(compiled.config, compiled.generation_config, model.graph)
-                (made / "genai_config.json").write_text(json.dumps(settings, indent=2))
-            errors = check(made / MODEL, compiled, together=not fused)
-            size = sum((made / name).stat().st_size for name in (MODEL, DATA))
-    except OSError as error:
-        raise RegraftError(f"the export cannot be written to {folder}: {error}") from error
-    return Exported(folder, size, weights, errors, fused)
+    cache = compiled.program.cache
+    with written(folder, model) as made:
+        compiled.config.save_pretrained(made)
+        compiled.generation_config.save_pretrained(made)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(made)
+        if fits(cache):
+            settings = genai_config(compiled.config, compiled.generation_config, model.graph)
+            (made / "genai_config.json").write_text(json.dumps(settings, indent=2))
+        errors = check(made / MODEL, compiled, together=not fused)
+    return Exported.of(folder, model, errors, fused)
 
 
 def to_onnx(
