@@ -41,7 +41,7 @@ def export_module(
 def module_to_onnx(
     program: Program, report: Report, opset: int = 20, functions: bool = True
 ) -> ir.Model:
-    """The program as a model: inputs and outputs by name, the first output of none as output."""
+    """The program as a model, inputs and outputs by name."""
     from regraft import __version__
 
     if "whole" in program.metadata:
@@ -55,9 +55,9 @@ def module_to_onnx(
 
 
 def _name(path: str) -> str:
-    """ "output.last_hidden_state" -> "last_hidden_state", "output.0" -> "output_0"."""
+    """ "output.last_hidden_state" -> "last_hidden_state", "output.1.0" -> "output_1_0"."""
     name = path.removeprefix("output.")
-    return f"output_{name}" if name[:1].isdigit() else name
+    return path.replace(".", "_") if name[:1].isdigit() else name
 
 
 def _check(path: Path, program: Program) -> dict[str, float]:
