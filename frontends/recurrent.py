@@ -125,8 +125,8 @@ def capture_recurrent(model: PreTrainedModel, trial: Trial) -> Program:
     """Program of one token with its states; ``prefill`` takes several where the model can.
 
     Inputs and outputs as in ``capture``, and each state past_key_values.{name} and
-    present.{name}, such as past_key_values.0.conv_state. metadata["prefill"] says why there is none.
-    trial was made with the model's own attention.
+    present.{name}, such as past_key_values.0.conv_state. metadata["prefill"] says why there is
+    none. trial was made with the model's own attention.
     """
     memory = Memory(model)
     try:

@@ -279,10 +279,8 @@ class Builder:
         graph = self._graph([turn, going, *given], whole)
         _, *made = graph.outputs
         kinds = [x.type for x in made]
-        results = self.op(
-            *("Loop", self.squeeze(turns, 0), self.constant(True), *states),
-            outputs=len(kinds), body=graph,
-        )  # fmt: skip
+        limit, start = self.squeeze(turns, 0), self.constant(True)
+        results = self.op("Loop", limit, start, *states, outputs=len(kinds), body=graph)
         return _typed(results, kinds)
 
     def _graph(self, inputs: list[ir.Value], body: Callable[[Builder], list[ir.Value]]) -> ir.Graph:

@@ -173,7 +173,8 @@ def _cut(
 
 def _part(b: Builder, x: ir.Value, start: ir.Value, stop: ir.Value, axis: int) -> ir.Value:
     made = b.slice(x, Size(start), Size(stop), axis)
-    made.shape = ir.Shape([n if isinstance(n, int) and i != axis else None for i, n in enumerate(x.shape)])
+    sizes = enumerate(x.shape or ())
+    made.shape = ir.Shape([n if isinstance(n, int) and i != axis else None for i, n in sizes])
     return made
 
 

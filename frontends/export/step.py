@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from regraft.frontends.export import aten, operators  # noqa: F401  register the handlers
 from regraft.frontends.export.aten.complex import Complex, of_parts
-from regraft.frontends.export.builder import DTYPES, Builder, State, handlers
+from regraft.frontends.export.builder import DTYPES, Builder, handlers
 from regraft.program import Program, RegraftError
 from regraft.program.program import source_of, spec_of
 from regraft.program.serialize import submodule

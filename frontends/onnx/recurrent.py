@@ -64,7 +64,7 @@ def _examples(module: OnnxModule, specs: list[TensorSpec], vocab: int) -> dict[s
     mask[0, :PADDING] = 0
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     ids = torch.randint(3, max(4, vocab), (ROWS, length), generator=generator)
-    sizes: dict[Any, int] = {"batch_size": ROWS, "past_sequence_length": 0}
+    sizes: dict[Any, Any] = {"batch_size": ROWS, "past_sequence_length": 0}
     empty = {s.name: torch.zeros([sizes.get(n, n) for n in s.shape], dtype=s.dtype) for s in specs}
     whole = dict(zip(TOKENS, (ids, mask, positions), strict=False))
     given = {name: x[:, :BEFORE] for name, x in whole.items() if name in module.inputs}

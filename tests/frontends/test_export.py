@@ -279,9 +279,7 @@ def test_the_inverse_error_function_is_precise(tmp_path):
 def test_triangular_systems(upper, left, unit, tmp_path):
     class Solve(torch.nn.Module):
         def forward(self, a, y):
-            return torch.linalg.solve_triangular(
-                a, y, upper=upper, left=left, unitriangular=unit
-            )
+            return torch.linalg.solve_triangular(a, y, upper=upper, left=left, unitriangular=unit)
 
     a = torch.randn(2, 6, 6) / 4 + 2 * torch.eye(6)
     given = (a, torch.randn(2, 6, 3) if left else torch.randn(2, 3, 6))
@@ -289,7 +287,9 @@ def test_triangular_systems(upper, left, unit, tmp_path):
     assert max(compiled.export_onnx(tmp_path / "out").errors.values()) < 1e-5
 
 
-@pytest.mark.parametrize("model_type", ["llama4_text", "deepseek_v2", "mixtral", "gpt_oss", "jetmoe"])
+@pytest.mark.parametrize(
+    "model_type", ["llama4_text", "deepseek_v2", "mixtral", "gpt_oss", "jetmoe"]
+)
 def test_complex_rotations_and_changes_in_place(model_type):
     from regraft.benchmarks.onnx_models import export_one
 

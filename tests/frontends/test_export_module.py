@@ -77,7 +77,10 @@ def test_a_module_by_its_own_dynamic_sizes(tmp_path):
         module, example_inputs=(torch.randn(2, 5, 8),), dynamic_shapes=shapes, target="reference"
     )
     compiled.export_onnx(tmp_path / "out")
-    assert dims(tmp_path / "out") == {"x": ["batch", "length", 8], "output": ["batch", "length", 16]}
+    assert dims(tmp_path / "out") == {
+        "x": ["batch", "length", 8],
+        "output": ["batch", "length", 16],
+    }
     x = torch.randn(4, 9, 8)
     loaded = regraft.load(tmp_path / "out")
     with torch.no_grad():

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import onnx_ir as ir
-import torch
 
 from regraft.frontends.export.builder import FLOAT, INT, Builder, lowers, rank
 
