@@ -8,6 +8,7 @@ from tests.conftest import tiny
 from tests.runtime.test_recurrent import MODELS
 
 pytest.importorskip("onnxruntime")
+SLOW = pytest.param("qwen3_next", marks=pytest.mark.slow)
 PIECES = {"qwen3_next": (2, 61), "lfm2": (2, None)}
 
 
@@ -103,7 +104,7 @@ def test_the_last_steps_alone_can_be_taken_back(exported, batch):
     assert (got[0] - got[1]).abs().max() < 1e-5 * got[1].abs().max()
 
 
-@pytest.mark.parametrize("name", ["lfm2", "mamba", "rwkv", "qwen3_next"])
+@pytest.mark.parametrize("name", ["lfm2", "mamba", "rwkv", SLOW])
 def test_imported_again_it_is_the_program_that_it_was(name, exported):
     from regraft.benchmarks.onnx_models import difference
 
@@ -115,7 +116,7 @@ def test_imported_again_it_is_the_program_that_it_was(name, exported):
     assert (prefill and prefill.tokens) == PIECES.get(name)
 
 
-@pytest.mark.parametrize("name", ["jamba", "qwen3_next"])
+@pytest.mark.parametrize("name", ["jamba", SLOW])
 def test_quantised_layers_of_hybrids(name, exported, tmp_path):
     model = exported(name)[3]
     compiled = regraft.compile(model, [regraft.KVQuant(bits=4)], target="reference")
@@ -142,6 +143,7 @@ def test_opsets_and_functions(settings, exported, tmp_path):
     assert max(compiled.export_onnx(tmp_path / "out", **settings).errors.values()) < 1e-5
 
 
+@pytest.mark.slow
 def test_the_longest_context_is_kept(tmp_path):
     from regraft.benchmarks.small_models import small_model
 
