@@ -92,19 +92,24 @@ def test_a_loaded_export_generates_alike(folder, llama, batch):
         assert torch.equal(llama.generate(**batch, **made), exported.generate(**batch, **made))
 
 
-def test_onnxruntime_genai_generates_alike(folder, llama):
+def genai_follows(folder, model):
+    """Whether onnxruntime-genai continues a prompt as the model does."""
     genai = pytest.importorskip("onnxruntime_genai")
     prompt = torch.randint(3, 256, (1, 9), generator=torch.Generator().manual_seed(1))
-    model = genai.Model(str(folder))
-    settings = genai.GeneratorParams(model)
+    made = genai.Model(str(folder))
+    settings = genai.GeneratorParams(made)
     settings.set_search_options(max_length=25, do_sample=False)
-    generator = genai.Generator(model, settings)
+    generator = genai.Generator(made, settings)
     generator.append_tokens(prompt[0].tolist())
     while not generator.is_done():
         generator.generate_next_token()
-    want = llama.generate(prompt, max_new_tokens=16, do_sample=False, pad_token_id=0)
-    made = list(generator.get_sequence(0))
-    assert len(made) > 9 and made == want[0].tolist()[: len(made)]
+    want = model.generate(prompt, max_new_tokens=16, do_sample=False, pad_token_id=0)
+    sequence = list(generator.get_sequence(0))
+    return len(sequence) > 9 and sequence == want[0].tolist()[: len(sequence)]
+
+
+def test_onnxruntime_genai_generates_alike(folder, llama):
+    assert genai_follows(folder, llama)
 
 
 def test_onnx_is_a_target(llama, batch):

@@ -5,6 +5,7 @@ import torch
 import regraft
 from regraft import RegraftError
 from tests.conftest import tiny
+from tests.frontends.test_export import genai_follows
 from tests.runtime.test_recurrent import MODELS
 
 pytest.importorskip("onnxruntime")
@@ -61,19 +62,8 @@ def test_states_are_named_as_by_onnxruntime_genai(exported):
 
 
 def test_onnxruntime_genai_runs_a_hybrid(exported):
-    genai = pytest.importorskip("onnxruntime_genai")
     _, written, _, model = exported("lfm2")
-    prompt = torch.randint(3, 256, (1, 9), generator=torch.Generator().manual_seed(1))
-    made = genai.Model(str(written.folder))
-    settings = genai.GeneratorParams(made)
-    settings.set_search_options(max_length=20, do_sample=False)
-    generator = genai.Generator(made, settings)
-    generator.append_tokens(prompt[0].tolist())
-    while not generator.is_done():
-        generator.generate_next_token()
-    want = model.generate(prompt, max_new_tokens=11, do_sample=False, pad_token_id=0)
-    sequence = list(generator.get_sequence(0))
-    assert len(sequence) > 9 and sequence == want[0].tolist()[: len(sequence)]
+    assert genai_follows(written.folder, model)
 
 
 def test_a_prefill_for_any_number_is_the_whole_graph(exported):
