@@ -179,9 +179,9 @@ def _step(
             feeds[name] = torch.tensor([[7]])
     states = [name for name in kinds if name not in feeds]
     if coded:
-        from regraft.runtime.onnx_lm import OnnxCausalLM
+        from regraft.runtime.onnx_lm import load_onnx
 
-        model = OnnxCausalLM.load(path.parent)
+        model = load_onnx(path.parent)
         cache: Any = model.new_cache()
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(3, model.config.vocab_size, (1, DEPTH), generator=generator)

@@ -125,8 +125,8 @@ def capture_recurrent(model: PreTrainedModel, trial: Trial) -> Program:
     """Program of one token with its states; ``prefill`` takes several where the model can.
 
     Inputs and outputs as in ``capture``, and each state past_key_values.{name} and
-    present.{name}, such as past_key_values.0.conv. metadata["prefill"] says why there is none.
-    trial was made with the model's own attention.
+    present.{name}, such as past_key_values.0.conv_state. metadata["prefill"] says why there is
+    none. trial was made with the model's own attention.
     """
     memory = Memory(model)
     try:
@@ -227,7 +227,7 @@ def _program(trial: Trial, step: RecurrentStep, size: int, states: list[Tensor])
     module, names, fakes = trace(step, inputs, examples, dynamic)
     functionalize(module.graph)
     module.recompile()
-    tokens = (1, 1) if size == 1 else _range(fakes[0].shape[1])
+    tokens = (1, 1) if size == 1 else token_range(fakes[0].shape[1])
     spec = CacheSpec(tuple(LayerState() for _ in memory.keys), tuple(recurrent))
     return Program(
         module, tuple(inputs), tuple(outputs), spec, tuple(examples), {"parameters": names}, tokens,
@@ -235,7 +235,7 @@ def _program(trial: Trial, step: RecurrentStep, size: int, states: list[Tensor])
     )  # fmt: skip
 
 
-def _range(length: torch.SymInt) -> tuple[int, int | None]:
+def token_range(length: torch.SymInt) -> tuple[int, int | None]:
     """The counts of tokens around QUERIES that keep what the trace assumed of them true.
 
     A loop over chunks is traced for one chunk, say, which leaves a guard on the chunk count.

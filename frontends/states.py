@@ -207,8 +207,9 @@ def _leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
 
 
 def _name(path: Path) -> str:
-    """(0, "layers", 3, "conv_states", 0) -> "3.conv"; a tensor held by a module keeps its path."""
+    """(0, "layers", 3, "conv_states", 0) -> "3.conv_state"; a tensor that a module holds keeps its
+    path."""
     parts = [str(p) for part in path[1:] for p in (part if isinstance(part, tuple) else (part,))]
-    parts = [part.removesuffix("_states").removesuffix("_state") for part in parts]
+    parts = [part[:-1] if part.endswith("_states") else part for part in parts]
     parts = parts[1:] if parts[0] == "layers" else parts
     return ".".join(parts[:-1] if parts[-1] == "0" and len(parts) > 2 else parts)

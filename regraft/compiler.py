@@ -288,14 +288,14 @@ def _check_target(model: Any, target: str) -> None:
         raise RegraftError(f"the model is on {device}, the target is {target}: move the model")
 
 
-def load(folder: str | Path) -> Compiled:
+def load(folder: str | Path) -> Any:
     """The compiled model that ``Compiled.save`` wrote, or the exported one of
-    ``Compiled.export_onnx`` run by onnxruntime; RegraftError where it is damaged."""
+    ``export_onnx`` run by onnxruntime; RegraftError where it is damaged."""
     folder = Path(folder)
     if (folder / "model.onnx").is_file():
-        from regraft.runtime.onnx_lm import OnnxCausalLM
+        from regraft.runtime.onnx_lm import load_onnx
 
-        return OnnxCausalLM.load(folder)
+        return load_onnx(folder)
     from regraft.runtime.artefact import load
 
     return load(folder)

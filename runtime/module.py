@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,6 +41,29 @@ class CompiledModule:
         raise RegraftError(
             f"{type(self).__name__} cannot be saved yet: artefacts hold causal language models "
             "alone; compile it again where it runs"
+        )
+
+    def export_onnx(
+        self,
+        folder: str | Path,
+        *,
+        opset: int = 20,
+        functions: bool = True,
+        tokenizer: Any = None,
+        force: bool = False,
+    ) -> Any:
+        """Write model.onnx, its weights beside it, and the model's configuration and tokenizer,
+        where there are any; inputs, outputs and dynamic sizes by the program's names
+        (input_ids, attention_mask, last_hidden_state or logits of an encoder).
+
+        What onnxruntime computes is compared with this program first, on the examples and on
+        other sizes: returns the sizes and errors. RegraftError where an operator has no ONNX
+        form, where the comparison fails, and where the folder exists, unless force.
+        """
+        from regraft.frontends.export import export_module
+
+        return export_module(
+            self, folder, opset=opset, functions=functions, tokenizer=tokenizer, force=force
         )
 
     def eval(self) -> CompiledModule:

@@ -11,8 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from regraft.program import RegraftError
+from regraft.program import RegraftError, TensorSpec
 from regraft.runtime.causal_lm import Compiled, SessionCache
+from regraft.runtime.onnx_session import OnnxSession, open_session
+from regraft.runtime.recurrent import RecurrentStates, growing
 
 MODEL = "model.onnx"
 PAST, PRESENT = "past_key_values.", "present."
@@ -30,17 +32,19 @@ TYPES = {
 
 class OnnxState:
     """The past of one generation as onnxruntime's values; sink: tokens that stay exact in front of
-    quantized ones."""
+    quantized ones; states: those of recurrent layers."""
 
-    states = None
-
-    def __init__(self, empty: dict[str, Any], sink: int = 0) -> None:
-        self.empty, self.sink = empty, sink
+    def __init__(
+        self, empty: dict[str, Any], sink: int = 0, states: RecurrentStates | None = None
+    ) -> None:
+        self.empty, self.sink, self.states = empty, sink, states
         self.reset()
 
     def reset(self) -> None:
         self.past: dict[str, Any] = {}
         self.length = self.batch = 0
+        if self.states is not None:
+            self.states.reset()
 
     @property
     def layers(self) -> list[str]:
@@ -48,7 +52,8 @@ class OnnxState:
 
     @property
     def nbytes(self) -> int:
-        return sum(value.numpy().nbytes for value in self.past.values())
+        own = sum(value.numpy().nbytes for value in self.past.values())
+        return own + (self.states.nbytes if self.states is not None else 0)
 
     @property
     def floor(self) -> int:
@@ -69,7 +74,21 @@ class OnnxState:
                 name: OrtValue.ortvalue_from_numpy(np.zeros((batch, *shape), dtype))
                 for name, (shape, dtype) in self.empty.items()
             }
-        return self.past
+        if self.states is None:
+            return self.past
+        states = self.states.read(batch, torch.device("cpu"))
+        return self.past | {
+            spec.name: OrtValue.ortvalue_from_numpy(state.numpy())
+            for spec, state in zip(self.states.specs, states, strict=True)
+        }
+
+    def append(self, found: dict[str, Any], count: int) -> None:
+        """Take what a step of count tokens left."""
+        if self.states is not None:
+            left = [found.pop(spec.name) for spec in self.states.specs]
+            self.states.append([torch.from_numpy(value.numpy()) for value in left], count)
+        self.past = found
+        self.length += count
 
     def truncate(self, length: int) -> None:
         """Keep the first length tokens; only exact ones can be cut, or all of them."""
@@ -77,11 +96,15 @@ class OnnxState:
             raise ValueError(f"cannot truncate a cache of length {self.length} to {length}")
         if not length:
             return self.reset()
+        if self.states is not None:
+            self.states.check(length)
         if length < self.floor:
             raise ValueError(
                 f"cannot truncate to {length}: tokens before {self.floor} are quantized; "
                 f"truncate to at least {self.floor}, or to 0"
             )
+        if self.states is not None:
+            self.states.truncate(length)
         gone = self.length - length
 
         def cut(name: str, x: Any) -> Any:
@@ -96,6 +119,8 @@ class OnnxState:
         """Replace batch row i by row index[i]; index [new B]."""
         rows = index.cpu().numpy()
         self._map(lambda _, x: x[rows])
+        if self.states is not None:
+            self.states.reorder(index)
         self.batch = len(index)
 
     def _map(self, function: Any) -> None:
@@ -122,31 +147,21 @@ class OnnxCausalLM(Compiled):
         if "input_ids" not in self._names or "logits" not in kinds:
             raise RegraftError("the model has no input_ids or no logits: not a language model")
         self.dtype = TYPES[kinds["logits"]][1]
-        settings = session.get_modelmeta().custom_metadata_map.get("regraft_cache_settings", "[]")
-        self._sink = max((layer["sink"] for layer in json.loads(settings)), default=0)
-        self._run = self._step
+        known = session.get_modelmeta().custom_metadata_map
+        settings = json.loads(known.get("regraft_cache_settings", "[]"))
+        self._sink = max((layer["sink"] for layer in settings), default=0)
+        self._states = [self._spec(name) for name in json.loads(known.get("regraft_states", "[]"))]
+        self._context = [int(known["regraft_context"])] if "regraft_context" in known else []
+        self._run = self._steps
         self.regions = {}
-
-    @classmethod
-    def load(cls, folder: Path) -> OnnxCausalLM:
-        """The model of a folder with model.onnx, config.json and generation_config.json."""
-        return cls.open(folder / MODEL, *configurations(folder))
 
     @classmethod
     def open(cls, path: Path, config: Any, generation_config: Any) -> OnnxCausalLM:
         """RegraftError where onnxruntime refuses the file."""
-        import onnxruntime
+        return cls.of(open_session(path), config, generation_config)
 
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        options.intra_op_num_threads = torch.get_num_threads()
-        try:
-            session = onnxruntime.InferenceSession(
-                str(path), options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:
-            first = str(error).splitlines()[0]
-            raise RegraftError(f"onnxruntime refuses {path.name}: {first}") from error
+    @classmethod
+    def of(cls, session: Any, config: Any, generation_config: Any) -> OnnxCausalLM:
         kind = type("Onnx" + (config.architectures or ["CausalLM"])[0], (cls,), {})
         return kind(session, config, generation_config)
 
@@ -158,18 +173,42 @@ class OnnxCausalLM(Compiled):
         raise RegraftError("an exported model is its folder: copy that")
 
     def new_cache(self) -> SessionCache:
+        states = [spec.name for spec in self._states]
         past = {
             name: (
                 tuple(n if isinstance(n, int) else 0 for n in spec.shape[1:]),
                 TYPES[spec.type][0],
             )
             for name, spec in self._names.items()
-            if name.startswith(PAST)
+            if name.startswith(PAST) and name not in states
         }
-        return SessionCache(OnnxState(past, self._sink))  # type: ignore[arg-type]
+        recurrent = RecurrentStates(self._states) if self._states else None
+        return SessionCache(OnnxState(past, self._sink, recurrent))  # type: ignore[arg-type]
+
+    def _spec(self, name: str) -> TensorSpec:
+        spec = self._names[name]
+        return TensorSpec(name, tuple(spec.shape), TYPES[spec.type][1], "state")
 
     def _served(self) -> list[int]:
-        return []
+        return self._context
+
+    def _steps(
+        self, ids: Tensor, mask: Tensor, positions: Tensor, keep: Tensor, state: OnnxState
+    ) -> Tensor:
+        """All at once; with states a few tokens after others one by one, so that each of them can
+        be taken back."""
+        states, length = state.states, ids.shape[1]
+        if states is None or not state.length or not 1 < length <= states.rollback:
+            return self._step(ids, mask, positions, keep, state)
+        if growing(states.specs):
+            return self._step(ids, mask, positions, keep, state)
+        total = state.length
+        one = torch.zeros(1, dtype=torch.long)
+        logits = [
+            self._step(ids[:, [i]], mask[:, : total + i + 1], positions[:, [i]], one, state)
+            for i in range(length)
+        ]
+        return torch.cat(logits, 1)[:, keep]
 
     def _step(
         self, ids: Tensor, mask: Tensor, positions: Tensor, keep: Tensor, state: OnnxState
@@ -189,8 +228,8 @@ class OnnxCausalLM(Compiled):
             raise RegraftError(f"onnxruntime: {str(error).splitlines()[0]}") from error
         found = dict(zip(self._outputs, results, strict=True))
         logits = torch.from_numpy(found.pop("logits").numpy())
-        state.past = {name.replace(PRESENT, PAST, 1): value for name, value in found.items()}
-        state.length += ids.shape[1]
+        left = {name.replace(PRESENT, PAST, 1): value for name, value in found.items()}
+        state.append(left, ids.shape[1])
         return logits if len(keep) == logits.shape[1] else logits[:, keep]
 
 
@@ -209,3 +248,12 @@ def configurations(folder: Path) -> tuple[Any, Any]:
         return config, GenerationConfig.from_pretrained(folder)
     except OSError:
         return config, GenerationConfig.from_model_config(config)
+
+
+def load_onnx(folder: Path) -> OnnxCausalLM | OnnxSession:
+    """The model of a folder with model.onnx; one with a cache is a language model, whose
+    config.json and generation_config.json lie beside it."""
+    session = open_session(folder / MODEL)
+    if not any(value.name.startswith(PAST) for value in session.get_inputs()):
+        return OnnxSession(session)
+    return OnnxCausalLM.of(session, *configurations(folder))

@@ -187,6 +187,12 @@ class CompiledSeq2Seq(GenerationMixin):
     def can_generate(self) -> bool:
         return True
 
+    def export_onnx(self, folder: Any, **settings: Any) -> None:
+        raise RegraftError(
+            f"{type(self).__name__} cannot be exported yet: an encoder-decoder's encoder alone can "
+            "(encoder.export_onnx)"
+        )
+
     def eval(self) -> CompiledSeq2Seq:
         return self
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +38,15 @@ class Size:
     value: ir.Value
 
 
+@dataclass(frozen=True)
+class State:
+    """What a step leaves for the next one, and its shape and type as an input of that."""
+
+    value: ir.Value
+    shape: tuple[int | str, ...]
+    dtype: torch.dtype
+
+
 Handler = Callable[..., Any]
 handlers: dict[str, Handler] = {}
 """How an operator becomes ONNX nodes, by its name without overload."""
@@ -58,7 +68,8 @@ def lowers(*names: str) -> Callable[[Handler], Handler]:
 class Builder:
     """Nodes in order. ``dtype`` is that of the operator's result that is being built, ``scope``
     the module path that its nodes are named by. local: operators become functions; contrib: those
-    of onnxruntime may be used, ``fused`` counts them."""
+    of onnxruntime may be used, ``fused`` counts them. ``given``: the inputs of the graph that is
+    being built, ``presents``: states that it leaves beside its outputs, both by name."""
 
     def __init__(self, opset: int, local: bool = False, contrib: bool = False) -> None:
         self.opset, self.local, self.contrib = opset, local, contrib
@@ -73,9 +84,8 @@ class Builder:
         self._made: dict[Any, tuple[str, list[Any]]] = {}
         self.cache = CacheSpec()
         self.weights = Weights({})
-        self.inputs: list[ir.Value] = []
-        self.outputs: list[ir.Value] = []
         self.given: dict[str, ir.Value] = {}
+        self.presents: dict[str, State] = {}
         self.tables: dict[ir.Value, tuple[ir.Value, ...]] = {}
         self.padding: dict[int, ir.Value] = {}
 
@@ -104,7 +114,7 @@ class Builder:
             name=self.unique(f"{self.scope}/{name}"),
         )
         self.nodes.append(node)
-        first = inputs[1:] if name == "Where" else inputs
+        first = inputs[1:] if name in ("Where", "CastLike") else inputs
         kind = DTYPES[dtype] if dtype else next((x.dtype for x in first if x is not None), None)
         for index, value in enumerate(node.outputs):
             value.name = f"{node.name}_output_{index}"
@@ -160,10 +170,14 @@ class Builder:
         return self.op("Shape", x, dtype=INT, start=dim, end=dim + 1 or None)
 
     def reshape(self, x: ir.Value, sizes: Sequence[Any]) -> ir.Value:
-        return self.op("Reshape", x, self.numbers(sizes))
+        made = self.op("Reshape", x, self.numbers(sizes))
+        made.shape = ir.Shape([n if isinstance(n, int) and n > 0 else None for n in sizes])
+        return made
 
     def transpose(self, x: ir.Value, *order: int) -> ir.Value:
-        return self.op("Transpose", x, perm=list(order))
+        made = self.op("Transpose", x, perm=list(order))
+        made.shape = None if x.shape is None else ir.Shape([x.shape[d] for d in order])
+        return made
 
     def slice(self, x: ir.Value, start: Any, stop: Any, axis: int, step: int = 1) -> ir.Value:
         ends = (self.vector(item) for item in (start, stop))
@@ -232,11 +246,7 @@ class Builder:
         for name, body in (("then_branch", then), ("else_branch", otherwise)):
             graphs[name] = self._graph([], body)
         kinds = [x.type for x in graphs["then_branch"].outputs]
-        made = self.op("If", condition, outputs=len(kinds), **graphs)
-        made = [made] if len(kinds) == 1 else made
-        for value, kind in zip(made, kinds, strict=True):
-            value.type = kind
-        return made
+        return _typed(self.op("If", condition, outputs=len(kinds), **graphs), kinds)
 
     def scan(
         self, body: Callable[..., list[ir.Value]], states: list[ir.Value], items: list[ir.Value]
@@ -252,20 +262,62 @@ class Builder:
         made = self.op(
             "Scan", *states, *items, outputs=len(kinds), body=graph, num_scan_inputs=len(items)
         )
-        for value, kind in zip(made, kinds, strict=True):
-            value.type = kind
-        return made
+        return _typed(made, kinds)
+
+    def loop(
+        self, turns: ir.Value, body: Callable[..., list[ir.Value]], states: list[ir.Value]
+    ) -> list[ir.Value]:
+        """body(builder, turn [1], *states) gives new states and results, as often as turns [1]
+        says: the last states, and the results of all turns along a new first dimension."""
+        turn = ir.Value(name=self.unique("turn"), shape=ir.Shape([]), type=_type(INT))
+        going = ir.Value(name=self.unique("going"), shape=ir.Shape([]), type=_type(torch.bool))
+        given = [_formal(self.unique("carried"), x) for x in states]
+
+        def whole(inner: Builder) -> list[ir.Value]:
+            return [going, *body(inner, inner.unsqueeze(turn, 0), *given)]
+
+        graph = self._graph([turn, going, *given], whole)
+        _, *made = graph.outputs
+        kinds = [x.type for x in made]
+        limit, start = self.squeeze(turns, 0), self.constant(True)
+        results = self.op("Loop", limit, start, *states, outputs=len(kinds), body=graph)
+        return _typed(results, kinds)
 
     def _graph(self, inputs: list[ir.Value], body: Callable[[Builder], list[ir.Value]]) -> ir.Graph:
-        inner = Builder(self.opset)
-        inner.dtype, inner.scope = self.dtype, self.unique(f"{self.scope}/body")
+        inner = self.inside()
+        name = inner.scope = self.unique(f"{self.scope}/body")
         results = [inner.op("Identity", x) for x in body(inner)]
-        return ir.Graph(inputs, results, nodes=inner.nodes, name=inner.scope)
+        return ir.Graph(inputs, results, nodes=inner.nodes, name=name)
+
+    def inside(self) -> Builder:
+        """A builder of a body, which may read what stands here."""
+        inner = copy.copy(self)
+        inner.nodes, inner.given, inner.presents = [], {}, {}
+        inner._constants, inner._transposed, inner.tables, inner.padding = {}, {}, {}, {}
+        return inner
 
     def range(self, stop: ir.Value) -> ir.Value:
         """0 .. stop - 1, int64; stop [1]."""
         zero, one = self.constant(0), self.constant(1)
         return self.op("Range", zero, self.squeeze(stop, 0), one)
+
+
+def _type(dtype: torch.dtype) -> ir.TensorType:
+    return ir.TensorType(DTYPES[dtype])
+
+
+def _typed(values: Any, kinds: list[Any]) -> list[ir.Value]:
+    """The results of a node with bodies, as a list, of these types."""
+    made = [values] if len(kinds) == 1 else values
+    for value, kind in zip(made, kinds, strict=True):
+        value.type = kind
+    return made
+
+
+def _formal(name: str, like: ir.Value) -> ir.Value:
+    """An input of a body: of the type of what it starts as, of any dynamic size."""
+    sizes = None if like.shape is None else [n if isinstance(n, int) else None for n in like.shape]
+    return ir.Value(name=name, shape=None if sizes is None else ir.Shape(sizes), type=like.type)
 
 
 class Weights:
@@ -275,6 +327,7 @@ class Weights:
         self.names = names
         self.values: dict[int, ir.Value] = {}
         self._taken: set[str] = set()
+        self._made: dict[str, ir.Value] = {}
         self._kept: list[torch.Tensor] = []
 
     def value(self, target: str, tensor: torch.Tensor) -> ir.Value:
@@ -290,6 +343,12 @@ class Weights:
                 name=name, shape=ir.Shape(tensor.shape), type=kind, const_value=held
             )
         return self.values[id(tensor)]
+
+    def made(self, name: str, tensor: torch.Tensor) -> ir.Value:
+        """A tensor made for this name: the first of those that are made for it."""
+        if name not in self._made:
+            self._made[name] = self.value(name, tensor)
+        return self._made[name]
 
 
 def rank(x: ir.Value) -> int:

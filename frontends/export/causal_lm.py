@@ -3,42 +3,20 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import onnx
 import onnx_ir as ir
 import torch
 from torch import fx
 
 from regraft.frontends.export.builder import Builder
 from regraft.frontends.export.convert import convert
+from regraft.frontends.export.files import MODEL, Exported, checked_target, written
+from regraft.frontends.export.genai import fits, genai_config
 from regraft.frontends.export.kvquant import quantized_lengths
-from regraft.program import Program, RegraftError, Report
-from regraft.program.folders import folder_written_whole, is_empty
-
-MODEL, DATA = "model.onnx", "model.onnx.data"
-OPSETS = range(18, 25)
-
-
-@dataclass(frozen=True)
-class Exported:
-    """What an export wrote: bytes of the files and of the weights, for each check the largest
-    difference from the compiled program over the largest logit, and how many of onnxruntime's own
-    operators were used."""
-
-    folder: Path
-    file_bytes: int
-    weight_bytes: int
-    errors: dict[str, float]
-    fused: dict[str, int]
-
-    def __str__(self) -> str:
-        checks = ", ".join(f"{name} {error:.1e}" for name, error in self.errors.items())
-        used = "".join(f"; {count} {name}" for name, count in self.fused.items())
-        size = f"{self.file_bytes / 2**20:.0f} MiB"
-        return f"{self.folder}: {size}{used}; error over logits: {checks}"
+from regraft.program import Program, Report
 
 
 def export(
@@ -54,31 +32,19 @@ def export(
     """See ``Compiled.export_onnx``."""
     from regraft.frontends.export.check import check
 
-    folder = Path(folder).absolute()
-    if opset not in OPSETS:
-        raise RegraftError(f"opset {opset}: {OPSETS[0]} to {OPSETS[-1]} can be written")
-    if folder.exists() and not is_empty(folder) and not force:
-        raise RegraftError(f"{folder} exists: name another folder, or ask for --force")
-    if folder.exists() and not folder.is_dir():
-        raise RegraftError(f"{folder} is a file: name a folder")
+    folder = checked_target(folder, opset, force)
     model, fused = to_onnx(compiled.program, compiled.report, opset, functions, contrib)
-    weights = sum(w.const_value.nbytes for w in model.graph.initializers.values())  # type: ignore
-    try:
-        with folder_written_whole(folder) as made:
-            ir.save(model, made / MODEL, external_data=DATA, size_threshold_bytes=1024)
-            onnx.checker.check_model(str(made / MODEL))
-            compiled.config.save_pretrained(made)
-            compiled.generation_config.save_pretrained(made)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(made)
-            if all(layer.format == "dense" for layer in compiled.program.cache.layers):
-                settings = genai_config(compiled.config, compiled.generation_config, model.graph)
-                (made / "genai_config.json").write_text(json.dumps(settings, indent=2))
-            errors = check(made / MODEL, compiled, together=not fused)
-            size = sum((made / name).stat().st_size for name in (MODEL, DATA))
-    except OSError as error:
-        raise RegraftError(f"the export cannot be written to {folder}: {error}") from error
-    return Exported(folder, size, weights, errors, fused)
+    cache = compiled.program.cache
+    with written(folder, model) as made:
+        compiled.config.save_pretrained(made)
+        compiled.generation_config.save_pretrained(made)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(made)
+        if fits(cache):
+            settings = genai_config(compiled.config, compiled.generation_config, model.graph)
+            (made / "genai_config.json").write_text(json.dumps(settings, indent=2))
+        errors = check(made / MODEL, compiled, together=not fused)
+    return Exported.of(folder, model, errors, fused)
 
 
 def to_onnx(
@@ -92,20 +58,28 @@ def to_onnx(
     onnxruntime's own operators it uses."""
     from regraft import __version__
 
-    if program.prefill is not None or program.cache.states:
-        raise RegraftError("recurrent layers run prompts by other code: no single ONNX graph")
-    whole = quantized_lengths(_without_choice(program))
     builder = Builder(opset, functions, contrib)
-    model = convert(whole, builder, __version__)
+    model = convert(_prepared(program), builder, __version__)
     rows = [{"pass": row.name, "matches": row.matches} for row in report.rows]
     layers = sorted({layer.format for layer in program.cache.layers})
     model.metadata_props.update(
         regraft_version=__version__, regraft_passes=json.dumps(rows), regraft_cache=",".join(layers)
     )
+    if program.cache.states:
+        states = [spec.name for spec in program.cache.states]
+        model.metadata_props["regraft_states"] = json.dumps(states)
+    contexts = [part.context for part in program.parts.values() if part.context is not None]
+    if contexts:
+        model.metadata_props["regraft_context"] = str(min(contexts))
     settings = [dict(layer.settings) for layer in program.cache.layers if layer.settings]
     if settings:
         model.metadata_props["regraft_cache_settings"] = json.dumps(settings)
     return model, builder.fused
+
+
+def _prepared(program: Program) -> Program:
+    whole = quantized_lengths(_without_choice(program))
+    return replace(whole, prefill=program.prefill and _prepared(program.prefill))
 
 
 def _without_choice(program: Program) -> Program:
@@ -143,68 +117,3 @@ def _keep_all(graph: fx.Graph, ids: fx.Node, keep: fx.Node) -> None:
         every = graph.call_function(torch.ops.aten.arange.default, (length,))
     every.meta["spec"] = torch.int64, ("sequence_length",)
     keep.replace_all_uses_with(every)
-
-
-def genai_config(config: Any, generation: Any, graph: ir.Graph) -> dict[str, Any]:
-    """The settings that onnxruntime-genai reads."""
-    text = config.get_text_config(decoder=True)
-    tokens = {
-        kind: next(
-            (n for c in (generation, config, text) if (n := getattr(c, f"{kind}_token_id", None))
-             is not None),
-            None,
-        )
-        for kind in ("bos", "eos", "pad")
-    }  # fmt: skip
-    ends = tokens["eos"]
-    pad = (
-        tokens["pad"] if tokens["pad"] is not None else ends[0] if isinstance(ends, list) else ends
-    )
-    caches = [v for v in graph.inputs if str(v.name).startswith("past_key_values.")]
-    keys = [v for v in caches if str(v.name).endswith(".key")]
-    longest = getattr(text, "max_position_embeddings", 2048)
-    shared = int(keys[0].shape[1]) if keys else 0  # type: ignore[index, arg-type]
-    head = int(keys[0].shape[3]) if keys else 0  # type: ignore[index, arg-type]
-    own = [v.name for v in graph.inputs if v not in caches]
-    return {
-        "model": {
-            "bos_token_id": tokens["bos"] or 0,
-            "eos_token_id": ends,
-            "pad_token_id": pad,
-            "context_length": longest,
-            "type": config.model_type,
-            "vocab_size": text.vocab_size,
-            "decoder": {
-                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
-                "filename": MODEL,
-                "head_size": head,
-                "hidden_size": getattr(text, "hidden_size", 0),
-                "num_attention_heads": getattr(text, "num_attention_heads", shared),
-                "num_hidden_layers": len(keys),
-                "num_key_value_heads": shared,
-                "inputs": {name: name for name in own}
-                | {
-                    "past_key_names": "past_key_values.%d.key",
-                    "past_value_names": "past_key_values.%d.value",
-                },
-                "outputs": {
-                    "logits": "logits",
-                    "present_key_names": "present.%d.key",
-                    "present_value_names": "present.%d.value",
-                },
-            },
-        },
-        "search": {
-            "do_sample": bool(generation.do_sample),
-            "early_stopping": True,
-            "max_length": longest,
-            "min_length": 0,
-            "num_beams": 1,
-            "num_return_sequences": 1,
-            "past_present_share_buffer": False,
-            "repetition_penalty": generation.repetition_penalty or 1.0,
-            "temperature": generation.temperature or 1.0,
-            "top_k": generation.top_k or 50,
-            "top_p": generation.top_p or 1.0,
-        },
-    }

@@ -15,26 +15,32 @@ LIMITS = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 def check(path: Path, compiled: Any, together: bool = True) -> dict[str, float]:
     """The largest difference over the largest logit, by what was run: a prompt, tokens one by one
-    and three at once behind it, and a left-padded batch, unless not together with tokens one by
-    one alone. RegraftError where it is too large."""
+    and several at once behind it, and a left-padded batch, unless not together with tokens one by
+    one alone; a prompt in pieces where the program takes no longer ones. RegraftError where it is
+    too large."""
     from regraft.runtime.onnx_lm import OnnxCausalLM
 
     exported = OnnxCausalLM.open(path, compiled.config, compiled.generation_config)
     vocab = compiled.config.get_text_config(decoder=True).vocab_size
+    program = compiled.program
+    longest = program.prefill.tokens[1] if program.prefill is not None else None
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, max(vocab - 1, 4), (2, 16), generator=generator)
+    ids = torch.randint(3, max(vocab - 1, 4), (2, 16 + (longest or 0)), generator=generator)
     n = min([15, *compiled._served()])
     ones = torch.ones_like(ids)
     padded = ones.clone()
     padded[1, :5] = 0
+    cases = [
+        ("prefill", ones[:1], (n,)),
+        ("decode", ones[:1], (n - 2, 1, 1)),
+        ("verify", ones[:1], (n - 9, 9) if program.cache.states else (n - 6, 3, 3)),
+        ("padded batch", padded, (n - 4, 1, 3 if together else 1)),
+    ]
+    if longest is not None:
+        cases.append(("pieces", padded, (longest + 7, 9)))
     errors = {}
     with torch.inference_mode():
-        for name, mask, sizes in (
-            ("prefill", ones[:1], (n,)),
-            ("decode", ones[:1], (n - 2, 1, 1)),
-            ("verify", ones[:1], (n - 6, 3, 3)),
-            ("padded batch", padded, (n - 4, 1, 3 if together else 1)),
-        ):
+        for name, mask, sizes in cases:
             errors[name] = max(_errors(exported, compiled, ids[: len(mask)], mask, sizes))
     limit = LIMITS.get(compiled.dtype, 1e-3)
     worst = max(errors, key=lambda name: errors[name])

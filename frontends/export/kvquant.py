@@ -9,23 +9,21 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-from regraft.frontends.export.builder import DTYPES, FLOAT, INT, Builder
+from regraft.frontends.export.builder import DTYPES, FLOAT, INT, Builder, State
 from regraft.kernels.kvquant import onnx
 from regraft.kernels.kvquant.feedback import feedback
 from regraft.kernels.kvquant.onnx import Side
 from regraft.kernels.kvquant.reference import cap
-from regraft.program import Program
+from regraft.program import LayerState, Program
 from regraft.runtime.lower import new_layer
 from regraft.runtime.quantized import Coding, pairs
 
 
 def quantized_lengths(program: Program) -> Program:
     """Let the number of past tokens follow from the mask where layers keep only some exactly."""
+    caches = [spec.name for spec in program.inputs if spec.role == "cache"]
     quantized = {
-        f"past_key_values.{i}.{kind}"
-        for i, layer in enumerate(program.cache.layers)
-        if layer.format != "dense"
-        for kind in ("key", "value")
+        name for i, name in enumerate(caches) if program.cache.layers[i // 2].format != "dense"
     }
     if not quantized:
         return program
@@ -55,12 +53,12 @@ def quantized_lengths(program: Program) -> Program:
 
 
 def attend(
-    b: Builder, index: int, q: Any, k: Any, v: Any, past_key: Any, past_value: Any, mask: Any,
-    turn: tuple[Any, ...], sinks: Any, scale: float, softcap: float,
+    b: Builder, prefix: str, state: LayerState, q: Any, k: Any, v: Any, past_key: Any,
+    past_value: Any, mask: Any, turn: tuple[Any, ...], sinks: Any, scale: float, softcap: float,
 ) -> list[ir.Value]:  # fmt: skip
     """Output, exact keys and exact values of a layer; the rest of its state becomes inputs and
-    outputs of the model."""
-    layer: Any = new_layer(b.cache.layers[index])
+    outputs of the model, whose names begin with prefix."""
+    layer: Any = new_layer(state)
     cos, sin, interleaved, offset = turn
     heads, size = int(k.shape[1]), int(k.shape[3])
     rotated = 0 if cos is None else int(cos.shape[-1])
@@ -80,11 +78,11 @@ def attend(
         padded = _padding(b, layer.sink, past_key)
     states = {name: part for side in sides for name, part in side.state.items()}
     for name, (shape, dtype) in states.items():
-        given[name] = _input(b, f"past_key_values.{index}.{name}", shape, dtype)
+        given[name] = _input(b, f"{prefix}.{name}", shape, dtype)
     for side, coding in zip(sides, (layer.key.coding, layer.value.coding), strict=True):
         for name, tensor in _tensors(coding).items():
-            target = f"kvquant.{index}.{side.kind}_{name}"
-            given[f"{side.kind}_{name}"] = b.weights.value(target, tensor)
+            target = f"{prefix.replace('past_key_values', 'kvquant')}.{side.kind}_{name}"
+            given[f"{side.kind}_{name}"] = b.weights.made(target, tensor)
     out, key, value, *made = b.call(
         *("KVQuantAttention", onnx.cached_attention, q, k, v, mask, padded, cos, sin, sinks),
         *given.values(),
@@ -92,7 +90,7 @@ def attend(
         spread=layer.spread, scale=scale, softcap=softcap,
     )  # fmt: skip
     for (name, (shape, dtype)), value_ in zip(states.items(), made, strict=True):
-        _output(b, f"present.{index}.{name}", value_, shape, dtype)
+        _output(b, f"{prefix}.{name}", value_, shape, dtype)
     return [out, key, value]
 
 
@@ -133,7 +131,7 @@ def _table(b: Builder, cos: ir.Value, sin: ir.Value, half: int, like: ir.Value) 
             shape = ("batch_size", "past_sequence_length", half)
             past = _input(b, f"past_key_values.{name}{number}", shape, FLOAT)
             whole = b.op("Concat", past, x, axis=1)
-            _output(b, f"present.{name}{number}", whole, shape, FLOAT)
+            _output(b, f"past_key_values.{name}{number}", whole, shape, FLOAT)
             whole.shape = ir.Shape([None, None, half])
             tables.append(whole)
         b.tables[cos] = tuple(tables)
@@ -154,20 +152,18 @@ def _padding(b: Builder, sink: int, past_key: ir.Value) -> ir.Value:
         found = b.op("Where", enough, first, b.constant([0]), dtype=INT)
         start = b.op("Equal", b.size(past_key, 2), b.constant([0]), dtype=torch.bool)
         now = b.op("Where", start, found, past, dtype=INT)
-        _output(b, f"present.padding{number}", now, ("batch_size",), INT)
+        _output(b, f"past_key_values.padding{number}", now, ("batch_size",), INT)
         now.shape = past.shape
         b.padding[sink] = now
     return b.padding[sink]
 
 
 def _input(b: Builder, name: str, shape: Any, dtype: torch.dtype) -> ir.Value:
-    value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(DTYPES[dtype]))
-    b.inputs.append(value)
-    return value
+    if name not in b.given:
+        kind = ir.TensorType(DTYPES[dtype])
+        b.given[name] = ir.Value(name=name, shape=ir.Shape(shape), type=kind)
+    return b.given[name]
 
 
 def _output(b: Builder, name: str, value: ir.Value, shape: Any, dtype: torch.dtype) -> None:
-    made = b.op("Identity", value, dtype=dtype)
-    dynamic = [f"new_{n}" if isinstance(n, str) and i else n for i, n in enumerate(shape)]
-    made.name, made.shape = name, ir.Shape(dynamic)
-    b.outputs.append(made)
+    b.presents[name] = State(value, tuple(shape), dtype)

@@ -33,11 +33,15 @@ def cached_attention(
     b: Builder, q: Any, k: Any, v: Any, past_key: Any, past_value: Any, mask: Any, cos: Any,
     sin: Any, sinks: Any, scale: float, softcap: float, style: str, offset: int,
 ) -> list[ir.Value]:  # fmt: skip
-    index = int(str(past_key.name).split(".")[1])
-    if b.cache.layers[index].format != "dense":
+    keys = [name for name in b.given if name.endswith(".key")]
+    name = next(name for name in keys if b.given[name] is past_key)
+    state = b.cache.layers[keys.index(name)]
+    if state.format != "dense":
         turn = (cos, sin, style == "interleaved", offset)
-        return kvquant.attend(b, index, q, k, v, past_key, past_value, mask, turn, sinks, scale,
-                              softcap)  # fmt: skip
+        return kvquant.attend(
+            b, name.removesuffix(".key"), state, q, k, v, past_key, past_value, mask, turn, sinks,
+            scale, softcap,
+        )  # fmt: skip
     if b.contrib and sinks is None and (mask is None or mask.dtype == ir.DataType.BOOL):
         b.fused["GroupQueryAttention"] = b.fused.get("GroupQueryAttention", 0) + 1
         return list(

@@ -32,7 +32,7 @@ class OnnxModule(nn.Module):
     def __init__(self, source: str | Path | bytes | onnx.ModelProto | ir.Model) -> None:
         super().__init__()
         model = source if isinstance(source, ir.Model) else read(source)
-        self.functions = dict(model.functions)
+        self.functions, self.metadata = dict(model.functions), dict(model.metadata_props)
         self.input_values = [
             v for v in model.graph.inputs if v.name not in model.graph.initializers
         ]

@@ -38,7 +38,6 @@ def attention(
 
     The heads of a group are rows of one product, so that keys are not repeated.
     """
-    dtype = torch.float32 if q.dtype == ir.DataType.FLOAT else None
     heads, shared = int(q.shape[1]), int(k.shape[1])
     total = b.size(k, 2)
     rows = b.op("Mul", q, b.op("CastLike", b.constant(scale, torch.float32), q))
@@ -54,11 +53,8 @@ def attention(
         one = b.constant([1])
         length = b.size(q, 2)
         mask = causal_mask(b, None, length, total, b.op("Sub", total, length), one, 0)
-    if mask is not None and mask.dtype == ir.DataType.BOOL:
-        lowest = b.constant(-1e30 if dtype else -6e4, torch.float32)
-        scores = b.op("Where", mask, scores, b.op("CastLike", lowest, scores))
-    elif mask is not None:
-        scores = b.op("Add", scores, mask)
+    if mask is not None:
+        scores = masked(b, scores, mask)
     weights = b.op("Softmax", scores, axis=-1) if sinks is None else _with_sinks(b, scores, sinks)
     if heads != shared:
         weights = b.op(
@@ -68,6 +64,16 @@ def attention(
     if heads != shared:
         out = b.op("Reshape", out, b.constant([0, heads, -1, int(v.shape[3])]))
     return out
+
+
+def masked(b: Any, scores: Any, mask: Any) -> Any:
+    """Scores with a boolean mask, or one that is added. None is -inf: where a row sees nothing,
+    softmax would make that nan."""
+    lowest = b.constant(-1e30 if scores.dtype == ir.DataType.FLOAT else -6e4, torch.float32)
+    lowest = b.op("CastLike", lowest, scores)
+    if mask.dtype == ir.DataType.BOOL:
+        return b.op("Where", mask, scores, lowest)
+    return b.op("Add", scores, b.op("Max", mask, lowest))
 
 
 def _with_sinks(b: Any, scores: Any, sinks: Any) -> Any:

@@ -1,4 +1,5 @@
 import json
+import resource
 
 import onnx
 import pytest
@@ -91,19 +92,24 @@ def test_a_loaded_export_generates_alike(folder, llama, batch):
         assert torch.equal(llama.generate(**batch, **made), exported.generate(**batch, **made))
 
 
-def test_onnxruntime_genai_generates_alike(folder, llama):
+def genai_follows(folder, model):
+    """Whether onnxruntime-genai continues a prompt as the model does."""
     genai = pytest.importorskip("onnxruntime_genai")
     prompt = torch.randint(3, 256, (1, 9), generator=torch.Generator().manual_seed(1))
-    model = genai.Model(str(folder))
-    settings = genai.GeneratorParams(model)
+    made = genai.Model(str(folder))
+    settings = genai.GeneratorParams(made)
     settings.set_search_options(max_length=25, do_sample=False)
-    generator = genai.Generator(model, settings)
+    generator = genai.Generator(made, settings)
     generator.append_tokens(prompt[0].tolist())
     while not generator.is_done():
         generator.generate_next_token()
-    want = llama.generate(prompt, max_new_tokens=16, do_sample=False, pad_token_id=0)
-    made = list(generator.get_sequence(0))
-    assert len(made) > 9 and made == want[0].tolist()[: len(made)]
+    want = model.generate(prompt, max_new_tokens=16, do_sample=False, pad_token_id=0)
+    sequence = list(generator.get_sequence(0))
+    return len(sequence) > 9 and sequence == want[0].tolist()[: len(sequence)]
+
+
+def test_onnxruntime_genai_generates_alike(folder, llama):
+    assert genai_follows(folder, llama)
 
 
 def test_onnx_is_a_target(llama, batch):
@@ -223,13 +229,72 @@ def test_an_operator_without_a_form_is_named(compiled, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_recurrent_layers_are_refused(tmp_path):
-    compiled = regraft.compile(tiny("mamba", num_hidden_layers=2), target="reference")
-    with pytest.raises(RegraftError, match="recurrent layers"):
-        compiled.export_onnx(tmp_path / "out")
+def test_a_full_disk_leaves_nothing(compiled, tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limits[1]))
+    try:
+        with pytest.raises(RegraftError, match="cannot be written to"):
+            compiled.export_onnx(tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("model_type", ["llama4_text", "deepseek_v2", "mixtral", "gpt_oss"])
+def test_force_replaces_an_export_and_its_failure_keeps_it(compiled, tmp_path, monkeypatch):
+    from regraft.frontends.export.builder import handlers
+
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("")
+    with monkeypatch.context() as broken:
+        broken.delitem(handlers, "aten.silu")
+        with pytest.raises(RegraftError, match="no ONNX form"):
+            compiled.export_onnx(tmp_path / "out", force=True)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
+    compiled.export_onnx(tmp_path / "out", force=True)
+    assert (tmp_path / "out" / "model.onnx").is_file() and not (tmp_path / "out" / "mine").exists()
+
+
+def test_dense_and_quantised_layers_in_one_model(llama, tmp_path):
+    quantized = regraft.KVQuant(bits=4, layers={0: {"key": 16, "value": 16}})
+    compiled = regraft.compile(llama, [quantized], target="reference")
+    assert [layer.format for layer in compiled.program.cache.layers] == ["dense", "kvquant"]
+    compiled.export_onnx(tmp_path / "out")
+    exported = regraft.load(tmp_path / "out")
+    ids = torch.randint(3, 256, (2, 150), generator=torch.Generator().manual_seed(1))
+    made = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(exported.generate(ids, **made), compiled.generate(ids, **made))
+
+
+def test_the_inverse_error_function_is_precise(tmp_path):
+    class Inverse(torch.nn.Module):
+        def forward(self, x):
+            return torch.erfinv(x)
+
+    x = torch.cat([torch.linspace(-1, 1, 4001), 1 - torch.logspace(-7, -2, 50)])
+    compiled = regraft.compile(Inverse(), example_inputs=(x,), target="reference")
+    compiled.export_onnx(tmp_path / "out")
+    got, want = regraft.load(tmp_path / "out")(x), torch.erfinv(x)
+    assert torch.equal(got.isinf(), want.isinf())
+    torch.testing.assert_close(got, want, atol=1e-6, rtol=2e-6)
+
+
+@pytest.mark.parametrize("upper", [True, False])
+@pytest.mark.parametrize("left", [True, False])
+@pytest.mark.parametrize("unit", [True, False])
+def test_triangular_systems(upper, left, unit, tmp_path):
+    class Solve(torch.nn.Module):
+        def forward(self, a, y):
+            return torch.linalg.solve_triangular(a, y, upper=upper, left=left, unitriangular=unit)
+
+    a = torch.randn(2, 6, 6) / 4 + 2 * torch.eye(6)
+    given = (a, torch.randn(2, 6, 3) if left else torch.randn(2, 3, 6))
+    compiled = regraft.compile(Solve(), example_inputs=given, target="reference")
+    assert max(compiled.export_onnx(tmp_path / "out").errors.values()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "model_type", ["llama4_text", "deepseek_v2", "mixtral", "gpt_oss", "jetmoe"]
+)
 def test_complex_rotations_and_changes_in_place(model_type):
     from regraft.benchmarks.onnx_models import export_one
 

@@ -5,6 +5,7 @@ from regraft.frontends.export.aten import (  # noqa: F401
     creation,
     elementwise,
     indexing,
+    linalg,
     nn,
     reduction,
     shape,

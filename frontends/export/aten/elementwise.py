@@ -163,6 +163,43 @@ def exp2(b: Builder, x: Any) -> Any:
     return b.op("Pow", b.to(2), b.to(x))
 
 
+# of log((1 - x)(1 + x)): up to -5, and of its square root beyond
+_CENTRE = (2.81022636e-08, 3.43273939e-07, -3.5233877e-06, -4.39150654e-06, 0.00021858087,
+           -0.00125372503, -0.00417768164, 0.246640727, 1.50140941)  # fmt: skip
+_TAIL = (-0.000200214257, 0.000100950558, 0.00134934322, -0.00367342844, 0.00573950773,
+         -0.0076224613, 0.00943887047, 1.00167406, 2.83297682)  # fmt: skip
+
+
+@lowers("aten.erfinv", "aten.special_erfinv")
+def erfinv(b: Builder, x: Any) -> Any:
+    """M. Giles, "Approximating the erfinv function", 2011: single precision; a step of Newton's
+    method makes up for its rounding."""
+    dtype, x = b.dtype, b.to(x, torch.float32)
+
+    def number(value: float) -> Any:
+        return b.constant(value, torch.float32)
+
+    one = number(1.0)
+    product = b.op("Mul", b.op("Sub", one, x), b.op("Add", one, x))
+    w = b.op("Neg", b.op("Log", product))
+    central = b.op("Less", w, number(5.0), dtype=torch.bool)
+    small, large = b.op("Sub", w, number(2.5)), b.op("Sub", b.op("Sqrt", w), number(3.0))
+    parts = []
+    for variable, (first, *rest) in ((small, _CENTRE), (large, _TAIL)):
+        total = number(first)
+        for coefficient in rest:
+            total = b.op("Add", b.op("Mul", total, variable), number(coefficient))
+        parts.append(b.op("Mul", total, x))
+    y = b.op("Where", central, *parts)
+    slope = b.op("Mul", b.op("Exp", b.op("Mul", y, y)), number(math.sqrt(math.pi) / 2))
+    missing = b.op("Sub", b.op("Erf", y), x)
+    refined = b.op("Sub", y, b.op("Mul", missing, slope))
+    y = b.op("Where", central, refined, y)
+    end = b.op("Equal", b.op("Abs", x), one, dtype=torch.bool)
+    limit = b.op("Mul", b.op("Sign", x), number(math.inf))
+    return b.to(b.op("Where", end, limit, y), dtype)
+
+
 @lowers("aten.ne")
 def ne(b: Builder, x: Any, y: Any) -> Any:
     return b.op("Not", _compare("Equal", b, x, y))
@@ -207,3 +244,9 @@ def clamp_max(b: Builder, x: Any, high: Any) -> Any:
 def identity(b: Builder, x: Any, *_: Any, **__: Any) -> Any:
     """x in the type of the result."""
     return b.to(x)
+
+
+for name, same in {"multiply": "mul", "subtract": "sub", "divide": "div", "negative": "neg",
+                   "absolute": "abs", "greater": "gt", "greater_equal": "ge", "less": "lt",
+                   "less_equal": "le", "not_equal": "ne"}.items():  # fmt: skip
+    handlers[f"aten.{name}"] = handlers[f"aten.{same}"]

@@ -216,10 +216,17 @@ def scaled_dot_product_attention(
     b: Builder, q: ir.Value, k: ir.Value, v: ir.Value, mask=None, dropout=0.0, causal=False,
     *, scale=None, enable_gqa=False,
 ) -> Any:  # fmt: skip
-    if any(rank(x) != 4 for x in (q, k, v)):
-        raise NotImplementedError("attention of other than 4 dimensions")
-    if causal:
-        sizes = [b.size(x, 2) for x in (q, k)]
-        mask = onnx.causal_mask(b, None, *sizes, b.constant([0]), b.constant([1]), 0)
     scale = int(q.shape[-1]) ** -0.5 if scale is None else scale  # type: ignore[index, arg-type]
-    return onnx.attention(b, q, k, v, mask, None, scale, 0.0, False)
+    if causal:
+        sizes = [b.size(x, rank(x) - 2) for x in (q, k)]
+        mask = onnx.causal_mask(b, None, *sizes, b.constant([0]), b.constant([1]), 0)
+        mask = b.squeeze(mask, 0, 1)
+    if all(rank(x) == 4 and isinstance(x.shape[1], int) for x in (q, k, v)):  # type: ignore[index]
+        return onnx.attention(b, q, k, v, mask, None, scale, 0.0, False)
+    if enable_gqa:
+        raise NotImplementedError("attention of groups in other than 4 dimensions")
+    last = [*range(rank(k) - 2), rank(k) - 1, rank(k) - 2]
+    scores = b.op("MatMul", b.op("Mul", q, b.to(scale)), b.transpose(k, *last))
+    if mask is not None:
+        scores = onnx.masked(b, scores, mask)
+    return b.op("MatMul", b.op("Softmax", scores, axis=-1), v)

@@ -67,15 +67,24 @@ def all_(b: Builder, x: ir.Value, dims: Any = None, keep: bool = False) -> Any:
 
 @lowers("aten.var")
 def var(b: Builder, x: ir.Value, dims: Any = None, *args: Any, correction: Any = 1, **kw: Any):
-    if isinstance(dims, bool) or (args and isinstance(args[0], bool) and "keepdim" not in kw):
-        correction = int(args[0]) if args else 1
-        keep = bool(args[1]) if len(args) > 1 else False
-    else:
-        keep = bool(kw.get("keepdim", False))
-    if correction:
-        raise NotImplementedError("a variance with correction")
-    centred = b.op("Sub", x, reduced(b, "ReduceMean", x, dims, True))
-    return reduced(b, "ReduceMean", b.op("Mul", centred, centred), dims, keep)
+    """Arguments are (unbiased), (dims, unbiased, keepdim) or (dims, correction=, keepdim=)."""
+    if isinstance(dims, bool):
+        dims, args = None, (dims, *args)
+    correction = int(args[0]) if args else 1 if correction is None else correction
+    keep = bool(args[1]) if len(args) > 1 else bool(kw.get("keepdim", False))
+    mean = reduced(b, "ReduceMean", x, dims, True)
+    centred = b.op("Sub", x, mean)
+    square = b.op("Mul", centred, centred)
+    if not correction:
+        return reduced(b, "ReduceMean", square, dims, keep)
+    count = b.op("Div", b.op("Size", x, dtype=INT), b.op("Size", mean, dtype=INT))
+    fewer = b.op("Sub", b.cast(count, b.dtype), b.to(correction))
+    return b.op("Div", reduced(b, "ReduceSum", square, dims, keep), fewer)
+
+
+@lowers("aten.std")
+def std(b: Builder, *args: Any, **kwargs: Any):
+    return b.op("Sqrt", var(b, *args, **kwargs))
 
 
 @lowers("aten.linalg_vector_norm", "aten.norm")

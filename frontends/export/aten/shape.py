@@ -156,7 +156,7 @@ def unbind(b: Builder, x: ir.Value, dim: int = 0) -> Any:
     return [b.op("Gather", x, b.constant(i, INT), axis=dim) for i in range(int(count))]  # type: ignore
 
 
-@lowers("aten.cat", "aten.concat")
+@lowers("aten.cat", "aten.concat", "aten.concatenate")
 def cat(b: Builder, tensors: list[ir.Value], dim: int = 0) -> Any:
     return b.op("Concat", *(b.to(x) for x in tensors), axis=dim)
 
@@ -190,6 +190,17 @@ def chunk(b: Builder, x: ir.Value, count: int, dim: int = 0) -> Any:
     if not isinstance(total, int):
         raise NotImplementedError("chunks of a dynamic size")
     return split(b, x, -(-total // count), dim)
+
+
+@lowers("aten.unfold")
+def unfold(b: Builder, x: ir.Value, dim: int, size: int, step: int) -> Any:
+    """Windows of size, step apart, along dim; their elements last."""
+    count, dim = rank(x), dim % rank(x)
+    last = b.op("Sub", b.size(x, dim), b.constant([size - 1]))
+    starts = b.slice(b.range(b.size(x, dim)), 0, Size(last), 0, step)
+    places = b.op("Add", b.unsqueeze(starts, 1), b.constant(list(range(size))))
+    windows = b.op("Gather", x, places, axis=dim)
+    return b.transpose(windows, *(d for d in range(count + 1) if d != dim + 1), dim + 1)
 
 
 @lowers("aten.flip")

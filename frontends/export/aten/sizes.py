@@ -39,6 +39,12 @@ def sym_numel(b: Builder, x: ir.Value) -> Size:
     return Size(b.op("Reshape", b.op("Size", x, dtype=INT), b.constant([1])))
 
 
+@lowers("aten.item")
+def item(b: Builder, x: ir.Value) -> Any:
+    """An integer as a size, another number as the tensor that it is."""
+    return Size(b.vector(x)) if x.dtype in (ir.DataType.INT64, ir.DataType.INT32) else x
+
+
 @lowers("getitem")
 def getitem(b: Builder, x: Any, index: int) -> Any:
     return x[index]

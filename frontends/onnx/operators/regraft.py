@@ -34,3 +34,8 @@ def cached_attention(
     return ops.cached_attention(
         q, k, v, past_key, past_value, mask, cos, sin, sinks, scale, softcap, style, offset
     )
+
+
+@operator("SolveTriangular", domain=DOMAIN)
+def solve_triangular(a, y, *, upper, unit) -> Tensor:
+    return torch.linalg.solve_triangular(a, y, upper=bool(upper), unitriangular=bool(unit))

@@ -57,6 +57,7 @@ _ARITHMETIC: dict[str, Callable[[Any, Any], Any]] = {
     "Sub": python.sub,
     "Mul": python.mul,
     "Div": _divide,
+    "Mod": python.mod,
     "Max": lambda a, b: torch.sym_max(a, b),
     "Min": lambda a, b: torch.sym_min(a, b),
 }
@@ -72,9 +73,9 @@ _LOGIC: dict[str, Callable[[Any, Any], Any]] = {
 
 
 def _pairwise(function: Callable[[Any, Any], Any], logic: bool) -> Callable[..., Host | None]:
-    def compute(*inputs: Host) -> Host | None:
+    def compute(*inputs: Host, fmod: int = 0) -> Host | None:
         first = inputs[0]
-        if len(inputs) < 2 or any(x.dtype is not first.dtype for x in inputs):
+        if fmod or len(inputs) < 2 or any(x.dtype is not first.dtype for x in inputs):
             return None
         if first.dtype is str:
             return _made(first.values == inputs[1].values, torch.bool) if logic else None
@@ -98,6 +99,11 @@ for _name, _function in _ARITHMETIC.items():
     on_host(_name)(_pairwise(_function, False))
 for _name, _function in _LOGIC.items():
     on_host(_name)(_pairwise(_function, True))
+
+
+@on_host("Neg")
+def neg(x: Host) -> Host | None:
+    return _made(-x.values, x.dtype) if _computes(x.dtype) and x.dtype != torch.bool else None
 
 
 @on_host("Not")
