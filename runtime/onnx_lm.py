@@ -13,6 +13,7 @@ from torch import Tensor
 
 from regraft.program import RegraftError
 from regraft.runtime.causal_lm import Compiled, SessionCache
+from regraft.runtime.genai import GENAI, genai_configurations
 
 MODEL = "model.onnx"
 PAST, PRESENT = "past_key_values.", "present."
@@ -198,6 +199,8 @@ def configurations(folder: Path) -> tuple[Any, Any]:
     """The configuration of an exported model and of its generation."""
     from transformers import AutoConfig, GenerationConfig
 
+    if not (folder / "config.json").is_file() and (folder / GENAI).is_file():
+        return genai_configurations(folder)
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:

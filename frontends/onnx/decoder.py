@@ -9,33 +9,42 @@ import torch
 from torch import Tensor, fx, nn
 
 from regraft.frontends.huggingface import decoder, signature
+from regraft.frontends.onnx.decoding import Decoding, decoding
 from regraft.frontends.onnx.module import OnnxModule
 from regraft.frontends.onnx.values import DTYPES
+from regraft.frontends.trial import TOLERANCE
 from regraft.program import Program, RegraftError, TensorSpec
 from regraft.program.program import tracing
 
 PAST, PRESENT = "past_key_values.", "present."
 
 
-def capture_decoder(path: Path, vocab: int) -> Program:
+def capture_decoder(path: Path, config: Any) -> Program:
     """The program of a model with the names of optimum and onnxruntime-genai: input_ids,
     attention_mask, position_ids if it takes them, past_key_values.{i}.key and .value; logits,
-    present.{i}.key and .value. vocab: ids lie below it.
+    present.{i}.key and .value. config: what transformers says of the model, which has the sizes
+    that the file leaves open.
 
-    RegraftError for models with other inputs, a quantized cache among them.
+    RegraftError for models with other inputs, a quantized cache among them, and where the
+    program computes something else than the file.
     """
-    module = OnnxModule(path)
-    states = _states(module)
+    module = OnnxModule(path).eval()
+    text = config.get_text_config(decoder=True)
+    vocab, states = text.vocab_size, _states(module, text)
     dtype = next(DTYPES[value.dtype] for value in module.plan.outputs if value.name == "logits")  # type: ignore[index]
     with tracing:
         given = signature(vocab, states, torch.device("cpu"))
         program = decoder(_Step(module, given[0]), *given, dtype)
     _raise_updates(program)
+    _agree(module, program)
     return program
 
 
-def _states(module: OnnxModule) -> list[tuple[Tensor, Tensor]]:
+def _states(module: OnnxModule, config: Any) -> list[tuple[Tensor, Tensor]]:
     """Keys and values of no tokens, for each layer."""
+    heads = getattr(config, "num_attention_heads", None)
+    size = getattr(config, "head_dim", None) or (heads and config.hidden_size // heads)
+    open_sizes = {1: getattr(config, "num_key_value_heads", None) or heads, 3: size}
     known = {value.name: value for value in module.input_values}
     layers = sum(name.startswith(PAST) and name.endswith(".key") for name in module.inputs)
     wanted = [f"{PAST}{i}.{kind}" for i in range(layers) for kind in ("key", "value")]
@@ -51,9 +60,12 @@ def _states(module: OnnxModule) -> list[tuple[Tensor, Tensor]]:
     for name in wanted:
         value = known[name]
         dims = list(value.shape) if value.shape is not None else []
-        if len(dims) != 4 or not (isinstance(dims[1], int) and isinstance(dims[3], int)):
+        if len(dims) != 4:
             raise RegraftError(f"input {name} is not [batch, heads, past, head_dim]")
-        made.append(torch.empty(1, dims[1], 0, dims[3], dtype=DTYPES[value.dtype]))  # type: ignore
+        heads, size = (dims[i] if isinstance(dims[i], int) else open_sizes[i] for i in (1, 3))
+        if heads is None or size is None:
+            raise RegraftError(f"input {name}: neither the file nor its config gives the heads")
+        made.append(torch.empty(1, heads, 0, size, dtype=DTYPES[value.dtype]))  # type: ignore
     return list(zip(made[::2], made[1::2], strict=True))
 
 
@@ -68,11 +80,35 @@ class _Step(nn.Module):
     def forward(self, *args: Tensor) -> tuple[Tensor, ...]:
         given = dict(zip(self.names, args, strict=True))
         keep = given.pop("logits_to_keep")
+        step = Decoding(given["attention_mask"], given["position_ids"], args[4:])
         if "position_ids" not in self.model.inputs:
             given.pop("position_ids")
-        found = dict(zip(self.model.outputs, self.model(**given), strict=True))
+        token = decoding.set(step)
+        try:
+            results = self.model(**given)
+        finally:
+            decoding.reset(token)
+        found = dict(zip(self.model.outputs, results, strict=True))
         presents = [found[name.replace(PAST, PRESENT)] for name in self.names[4:]]
         return found["logits"][:, keep], *presents
+
+
+def _agree(module: OnnxModule, program: Program) -> None:
+    """Raise RegraftError unless tokens behind others, none of them padding, have the logits that
+    the file gives them, operator by operator."""
+    ids, mask, positions, keep, *past = program.examples
+    mask = torch.ones_like(mask)
+    positions = torch.arange(past[0].shape[2], mask.shape[1]).expand_as(ids).contiguous()
+    names = [spec.name for spec in program.inputs]
+    given = dict(zip(names, (ids, mask, positions, keep, *past), strict=True))
+    wanted = module(**{name: x for name, x in given.items() if name in module.inputs})
+    want = wanted[module.outputs.index("logits")].float()
+    error = (program(*given.values())[0].float() - want).abs().max() / want.abs().max()
+    if not error <= max(TOLERANCE, 32 * torch.finfo(program.outputs[0].dtype).eps):
+        raise RegraftError(
+            f"the captured logits differ from the file's by {error:.1e} of their scale: its masks "
+            "or positions are not those of attention_mask and position_ids"
+        )
 
 
 def _raise_updates(program: Program) -> None:
