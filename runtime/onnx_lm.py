@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from regraft.program import RegraftError
+from regraft.program.config import head_sizes
 from regraft.runtime.causal_lm import Compiled, SessionCache
 from regraft.runtime.genai import GENAI, genai_configurations
 
@@ -159,11 +160,15 @@ class OnnxCausalLM(Compiled):
         raise RegraftError("an exported model is its folder: copy that")
 
     def new_cache(self) -> SessionCache:
+        def shape(name: str, given: list[Any]) -> tuple[int, ...]:
+            sizes = [n if isinstance(n, int) else 0 for n in given[1:]]
+            if name.endswith((".key", ".value")):
+                heads, size = head_sizes(self.config.get_text_config(decoder=True))
+                sizes = [sizes[0] or heads or 0, sizes[1], sizes[2] or size or 0]
+            return tuple(sizes)
+
         past = {
-            name: (
-                tuple(n if isinstance(n, int) else 0 for n in spec.shape[1:]),
-                TYPES[spec.type][0],
-            )
+            name: (shape(name, spec.shape), TYPES[spec.type][0])
             for name, spec in self._names.items()
             if name.startswith(PAST)
         }

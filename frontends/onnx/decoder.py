@@ -14,6 +14,7 @@ from regraft.frontends.onnx.module import OnnxModule
 from regraft.frontends.onnx.values import DTYPES
 from regraft.frontends.trial import TOLERANCE
 from regraft.program import Program, RegraftError, TensorSpec
+from regraft.program.config import head_sizes
 from regraft.program.program import tracing
 
 PAST, PRESENT = "past_key_values.", "present."
@@ -35,6 +36,7 @@ def capture_decoder(path: Path, config: Any) -> Program:
     with tracing:
         given = signature(vocab, states, torch.device("cpu"))
         program = decoder(_Step(module, given[0]), *given, dtype)
+    _raise_products(program)
     _raise_updates(program)
     _agree(module, program)
     return program
@@ -42,9 +44,7 @@ def capture_decoder(path: Path, config: Any) -> Program:
 
 def _states(module: OnnxModule, config: Any) -> list[tuple[Tensor, Tensor]]:
     """Keys and values of no tokens, for each layer."""
-    heads = getattr(config, "num_attention_heads", None)
-    size = getattr(config, "head_dim", None) or (heads and config.hidden_size // heads)
-    open_sizes = {1: getattr(config, "num_key_value_heads", None) or heads, 3: size}
+    open_sizes = dict(zip((1, 3), head_sizes(config), strict=True))
     known = {value.name: value for value in module.input_values}
     layers = sum(name.startswith(PAST) and name.endswith(".key") for name in module.inputs)
     wanted = [f"{PAST}{i}.{kind}" for i in range(layers) for kind in ("key", "value")]
@@ -109,6 +109,34 @@ def _agree(module: OnnxModule, program: Program) -> None:
             f"the captured logits differ from the file's by {error:.1e} of their scale: its masks "
             "or positions are not those of attention_mask and position_ids"
         )
+
+
+def _raise_products(program: Program) -> None:
+    """x @ w is linear(x, w') where w is a weight, or the transpose of one."""
+    module, graph = program.graph_module, program.graph
+    names = program.metadata["parameters"]
+    swapped: dict[fx.Node, fx.Node] = {}
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.matmul.default):
+        weight: Any = node.args[1]
+        if weight.meta["val"].dim() != 2 or node.args[0].meta["val"].dim() < 2:
+            continue
+        if weight.op == "get_attr" and weight not in swapped:
+            old = str(weight.target)
+            held = nn.Parameter(getattr(module, old).t().contiguous(), requires_grad=False)
+            module.register_parameter(f"{old}_swapped", held)
+            names[f"{old}_swapped"] = f"{names.get(old, old)}_swapped"
+            with graph.inserting_before(weight):
+                swapped[weight] = graph.get_attr(f"{old}_swapped")
+            swapped[weight].meta = {**weight.meta, "val": held}
+        elif not (weight.target is torch.ops.aten.permute.default and weight.args[0].op == "get_attr"):
+            continue
+        node.target = torch.ops.aten.linear.default
+        node.args = (node.args[0], swapped.get(weight) or weight.args[0])
+    graph.eliminate_dead_code()
+    for node in swapped:
+        if not node.users and not any(n.target == node.target for n in graph.nodes):
+            delattr(module, str(node.target))
+            names.pop(str(node.target), None)
 
 
 def _raise_updates(program: Program) -> None:
