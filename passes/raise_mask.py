@@ -100,7 +100,9 @@ class _Masks:
         count, keys = int(last[0, 0, -1].sum()), last.shape[-1]
         window = count if count < keys - PADDING else 0
         for padded in (True, False):
-            if all(self._same(*pair, window, padded) for pair in zip(self.cases, seen, strict=True)):
+            if all(
+                self._same(*pair, window, padded) for pair in zip(self.cases, seen, strict=True)
+            ):
                 return self._node(window, padded)
         return None
 

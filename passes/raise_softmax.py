@@ -30,7 +30,7 @@ MOVE = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten
         aten.squeeze.dims, aten.clone.default, aten.contiguous.default, aten.to.dtype, aten.to.device,
         aten.repeat_interleave.self_int, aten.repeat.default, aten.flatten.using_ints,
         aten.unflatten.int, aten.numpy_T.default, aten.mT.default, aten.detach.default,
-        aten.dropout.default)  # fmt: skip
+        aten.dropout.default, aten.alias.default)  # fmt: skip
 SCALE = (aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar)
 VISIBLE = 1e3
 
@@ -195,7 +195,7 @@ class _Raiser:
             (user,) = users
             if user.target in (aten.matmul.default, aten.bmm.default) and user.args[0] is node:
                 return user
-            if user.target not in (*MOVE, aten.where.self):
+            if user.target not in (*MOVE, aten.where.self) and not _is_guard(user):
                 raise _NoMatch(f"{user.name} changes the attention weights")
             node = user
 
@@ -310,6 +310,12 @@ def _unguarded(weights: fx.Node) -> list[fx.Node]:
     tests = [user for user in users if user.target == aten.isnan.default]
     guards = [user for user in users if user.target == aten.where.self and user.args[0] in tests]
     return guards if len(guards) == 1 and len(users) == 2 else users
+
+
+def _is_guard(node: fx.Node) -> bool:
+    """Whether it makes the weights of rows without a key zero."""
+    fills = node.target == aten.masked_fill.Scalar and node.args[2] == 0
+    return fills and is_call(node.args[1], aten.all.dim)
 
 
 def _close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> bool:

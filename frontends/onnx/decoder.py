@@ -128,7 +128,9 @@ def _raise_products(program: Program) -> None:
             with graph.inserting_before(weight):
                 swapped[weight] = graph.get_attr(f"{old}_swapped")
             swapped[weight].meta = {**weight.meta, "val": held}
-        elif not (weight.target is torch.ops.aten.permute.default and weight.args[0].op == "get_attr"):
+        elif not (
+            weight.target is torch.ops.aten.permute.default and weight.args[0].op == "get_attr"
+        ):
             continue
         node.target = torch.ops.aten.linear.default
         node.args = (node.args[0], swapped.get(weight) or weight.args[0])

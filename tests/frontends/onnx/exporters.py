@@ -67,9 +67,7 @@ def by_torch(model, folder, *, dynamo=True, places=True, opset=20):
         warnings.simplefilter("ignore")
         args = (ids, mask, *positions, *past)
         path = str(folder / "model.onnx")
-        torch.onnx.export(
-            Step(model, places), args, path, dynamo=dynamo, verbose=False, **settings
-        )
+        torch.onnx.export(Step(model, places), args, path, dynamo=dynamo, verbose=False, **settings)
     model.config.save_pretrained(folder)
     return folder
 
@@ -84,10 +82,9 @@ def by_genai(model, folder, precision):
     words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(VOCAB)}, unk_token="t1"))
     PreTrainedTokenizerFast(tokenizer_object=words, pad_token="t0").save_pretrained(source)
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", source, "-o", folder]
-    options = ["hf_token=false", "int4_accuracy_level=1"]
     cache = folder.with_name("cache")
     subprocess.run(
-        [*command, "-p", precision, "-e", "cpu", "-c", cache, "--extra_options", *options],
+        [*command, "-p", precision, "-e", "cpu", "-c", cache, "--extra_options", "hf_token=false"],
         check=True,
         capture_output=True,
     )
@@ -148,9 +145,7 @@ class Graph:
         keys = self.op("Range", zero, self.op("Squeeze", total), one)
         rows = self.op("Range", zero, self.op("Squeeze", length), one)
         rows = self.op("Add", rows, self.op("Sub", total, length))
-        causal = self.op(
-            "LessOrEqual", keys, self.op("Unsqueeze", rows, self.held(np.array([1])))
-        )
+        causal = self.op("LessOrEqual", keys, self.op("Unsqueeze", rows, self.held(np.array([1]))))
         real = self.op("Cast", "attention_mask", to=TensorProto.BOOL)
         real = self.op("Unsqueeze", real, self.held(np.array([1, 2])))
         seen = self.op("And", causal, real)
