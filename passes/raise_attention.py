@@ -23,9 +23,10 @@ regraft = torch.ops.regraft
 class RaiseAttention(Pass):
     """attention(R q, [past_k; R k], [past_v; v]) -> cached_attention(q, k, v, past, cos, sin)
 
-    Exact. Layers that are that already count. R is the rotary embedding; where none is recognised, q and k stay as they are and the
-    result says why. The first layer that reads a cache owns it; later readers of the same keys
-    and values stay attention over what the owner returns.
+    Exact. Layers that are that already count. R is the rotary embedding; where none is
+    recognised, q and k stay as they are and the result says why. The first layer that reads a
+    cache owns it; later readers of the same keys and values stay attention over what the owner
+    returns.
     """
 
     def apply(self, program: Program, context: Context) -> PassResult:

@@ -27,7 +27,8 @@ SDPA = aten.scaled_dot_product_attention.default
 PRODUCT = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default)
 MOVE = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.permute.default,
         aten.transpose.int, aten.expand.default, aten.unsqueeze.default, aten.squeeze.dim,
-        aten.squeeze.dims, aten.clone.default, aten.contiguous.default, aten.to.dtype, aten.to.device,
+        aten.squeeze.dims, aten.clone.default, aten.contiguous.default, aten.to.dtype,
+        aten.to.device,
         aten.repeat_interleave.self_int, aten.repeat.default, aten.flatten.using_ints,
         aten.unflatten.int, aten.numpy_T.default, aten.mT.default, aten.detach.default,
         aten.dropout.default, aten.alias.default)  # fmt: skip
@@ -314,7 +315,7 @@ def _unguarded(weights: fx.Node) -> list[fx.Node]:
 
 def _is_guard(node: fx.Node) -> bool:
     """Whether it makes the weights of rows without a key zero."""
-    fills = node.target == aten.masked_fill.Scalar and node.args[2] == 0
+    fills = is_call(node, aten.masked_fill.Scalar) and node.args[2:] == (0,)
     return fills and is_call(node.args[1], aten.all.dim)
 
 

@@ -19,7 +19,7 @@ MICROSOFT = "com.microsoft"
 
 
 class Step(torch.nn.Module):
-    """A model with a cache as tensors, as optimum wraps it; places: whether it is told positions."""
+    """A model with a cache as tensors, as optimum has it; places: it is told positions."""
 
     def __init__(self, model, places: bool) -> None:
         super().__init__()
