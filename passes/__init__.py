@@ -7,12 +7,14 @@ from regraft.passes.kvquant import KVQuant
 from regraft.passes.outline import OutlineLayers
 from regraft.passes.raise_attention import RaiseAttention
 from regraft.passes.raise_latent import RaiseLatent
+from regraft.passes.raise_mask import RaiseMask
 from regraft.passes.raise_sdpa import RaiseSdpa
 from regraft.passes.raise_softmax import RaiseSoftmax
 
 DEFAULT: tuple[Pass, ...] = (
     CleanUp(),
     RaiseSoftmax(),
+    RaiseMask(),
     RaiseLatent(),
     RaiseAttention(),
     FuseLinear(),
@@ -38,6 +40,7 @@ __all__ = [
     "PassResult",
     "RaiseAttention",
     "RaiseLatent",
+    "RaiseMask",
     "RaiseSoftmax",
     "RaiseSdpa",
     "pass_named",

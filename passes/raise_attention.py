@@ -23,13 +23,16 @@ regraft = torch.ops.regraft
 class RaiseAttention(Pass):
     """attention(R q, [past_k; R k], [past_v; v]) -> cached_attention(q, k, v, past, cos, sin)
 
-    Exact. R is the rotary embedding; where none is recognised, q and k stay as they are and the
-    result says why. The first layer that reads a cache owns it; later readers of the same keys
-    and values stay attention over what the owner returns.
+    Exact. Layers that are that already count. R is the rotary embedding; where none is
+    recognised, q and k stay as they are and the result says why. The first layer that reads a
+    cache owns it; later readers of the same keys and values stay attention over what the owner
+    returns.
     """
 
     def apply(self, program: Program, context: Context) -> PassResult:
-        matches, skipped = 0, []
+        done = regraft.cached_attention.default
+        matches = len(program.graph.find_nodes(op="call_function", target=done))
+        skipped = []
         finder = RotationFinder(program)
         for node in program.graph.find_nodes(op="call_function", target=regraft.attention.default):
             (key, tiles), (value, value_tiles) = map(_untiled, node.args[1:3])

@@ -27,10 +27,11 @@ SDPA = aten.scaled_dot_product_attention.default
 PRODUCT = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default)
 MOVE = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.permute.default,
         aten.transpose.int, aten.expand.default, aten.unsqueeze.default, aten.squeeze.dim,
-        aten.clone.default, aten.contiguous.default, aten.to.dtype, aten.to.device,
+        aten.squeeze.dims, aten.clone.default, aten.contiguous.default, aten.to.dtype,
+        aten.to.device,
         aten.repeat_interleave.self_int, aten.repeat.default, aten.flatten.using_ints,
         aten.unflatten.int, aten.numpy_T.default, aten.mT.default, aten.detach.default,
-        aten.dropout.default)  # fmt: skip
+        aten.dropout.default, aten.alias.default)  # fmt: skip
 SCALE = (aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar)
 VISIBLE = 1e3
 
@@ -93,9 +94,16 @@ def _operands(product: fx.Node) -> tuple[Any, Any]:
 def _cached(node: Any) -> fx.Node | None:
     """The kv_update whose result this node moves about and scales."""
     while isinstance(node, fx.Node) and not is_call(node, regraft.kv_update.default):
-        scaled = node.target in SCALE and not isinstance(node.args[1], fx.Node)
-        node = node.args[0] if node.target in MOVE or scaled else None
+        node = _moved(node)
     return node
+
+
+def _moved(node: fx.Node) -> Any:
+    """The tensor that a node moves about or multiplies by a number; None for other nodes."""
+    scaled = node.target in SCALE and not (
+        isinstance(node.args[1], fx.Node) and node.args[1].meta["val"].dim()
+    )
+    return node.args[0] if node.target in MOVE or scaled else None
 
 
 class _Raiser:
@@ -156,8 +164,10 @@ class _Raiser:
             chain = between(self.graph, [scores], [softmax.args[0]])
             scale, softcap = self._measure(chain, scores, softmax.args[0])
             bias = self._bias(chain, scores, softmax.args[0], shape)
-            q = self._call(aten.reshape.default, query, shape)
-            scale *= factor
+            q, q_factor = self._unscaled(query, (batch, heads, rows, size))
+            scale *= factor * q_factor
+            if self.values[q].shape != (batch, heads, rows, size):
+                q = self._call(aten.reshape.default, q, shape)
             raised = self._call(regraft.attention.default, q, keys, update, bias, None, scale,
                                 softcap)  # fmt: skip
             out = raised
@@ -170,7 +180,9 @@ class _Raiser:
         raised.meta["val"] = torch.empty_like(context.meta["val"]).reshape(
             *(keys.args[1].meta["val"].shape[0], heads), -1, v.shape[-1]
         )
-        q.meta["val"] = query.meta["val"].reshape(raised.meta["val"].shape[0], heads, -1, size)
+        q.meta.setdefault(
+            "val", query.meta["val"].reshape(raised.meta["val"].shape[0], heads, -1, size)
+        )
         out.meta.setdefault("val", context.meta["val"])
         context.replace_all_uses_with(out)
         self.graph.erase_node(context)
@@ -178,14 +190,28 @@ class _Raiser:
     def _context(self, softmax: fx.Node) -> fx.Node:
         node = softmax
         while True:
-            if len(node.users) != 1:
+            users = _unguarded(node)
+            if len(users) != 1:
                 raise _NoMatch("the attention weights are used more than once")
-            user = next(iter(node.users))
+            (user,) = users
             if user.target in (aten.matmul.default, aten.bmm.default) and user.args[0] is node:
                 return user
-            if user.target not in MOVE:
+            if user.target not in (*MOVE, aten.where.self) and not _is_guard(user):
                 raise _NoMatch(f"{user.name} changes the attention weights")
             node = user
+
+    def _unscaled(self, query: fx.Node, shape: tuple[int, ...]) -> tuple[fx.Node, float]:
+        """The node of this shape that the queries are multiples of, and the factor."""
+        value, node, found = self.values[query], query, (query, 1.0)
+        while (node := _moved(node)) is not None:
+            source = self.values[node]
+            if source.shape == shape:
+                rows = value.reshape(shape).float()
+                factor = ((rows * source).sum() / (source * source).sum()).item()
+                if not _close(rows, factor * source.float()):
+                    break
+                found = node, 1.0 if abs(factor - 1) < 1e-6 else factor
+        return found
 
     def _same_heads(self, moved: Tensor, cached: Tensor) -> float:
         """c where moved is c times the cached tensor with its heads repeated in groups."""
@@ -277,6 +303,20 @@ class _Raiser:
             args = fx.map_arg(node.args, self._value)
             self.values[node] = node.target(*args)  # type: ignore[operator]
         return self.values[node]
+
+
+def _unguarded(weights: fx.Node) -> list[fx.Node]:
+    """The users of weights, less the test for rows without a key in where(isnan(w), 0, w)."""
+    users = list(weights.users)
+    tests = [user for user in users if user.target == aten.isnan.default]
+    guards = [user for user in users if user.target == aten.where.self and user.args[0] in tests]
+    return guards if len(guards) == 1 and len(users) == 2 else users
+
+
+def _is_guard(node: fx.Node) -> bool:
+    """Whether it makes the weights of rows without a key zero."""
+    fills = is_call(node, aten.masked_fill.Scalar) and node.args[2:] == (0,)
+    return fills and is_call(node.args[1], aten.all.dim)
 
 
 def _close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> bool:

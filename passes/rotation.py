@@ -21,6 +21,7 @@ STOPS = (aten.linear.default, aten.mm.default, aten.addmm.default, aten.matmul.d
          aten.embedding.default, aten.bmm.default, aten.einsum.default,
          aten.convolution.default, regraft.attention.default,
          regraft.cached_attention.default)  # fmt: skip
+COUNTS = (aten.arange.default, aten.arange.start, aten.arange.start_step)
 
 
 @dataclass
@@ -51,13 +52,13 @@ class RotationFinder:
             placeholders, self.program.inputs, self.program.examples, strict=True
         ):
             self.values[node] = example
-            (self.positional if spec.role == "positions" else data).add(node)
+            (self.positional if spec.role in ("positions", "mask") else data).add(node)
         for node in self.program.graph.nodes:
             tensors = [n for n in node.all_input_nodes if _holds_tensors(n)]
             if any(n in data for n in tensors):
                 if _holds_tensors(node) or node.target in STOPS:
                     data.add(node)
-            elif any(n in self.positional for n in tensors):
+            elif node.target in COUNTS or any(n in self.positional for n in tensors):
                 self.positional.add(node)
 
     def find(self, q: fx.Node, k: fx.Node) -> tuple[Rotation | None, str]:
@@ -226,7 +227,7 @@ class RotationFinder:
         return found
 
     def tables(self, rotation: Rotation):
-        """Graph nodes for cos and sin [batch, length, pairs], made once for all layers."""
+        """Graph nodes for cos and sin [batch or 1, length, pairs], made once for all layers."""
         key = (rotation.positional, rotation.style, rotation.offset)
         if key not in self.made:
             pairs = rotation.cos.shape[-1]
@@ -244,9 +245,9 @@ class RotationFinder:
                     flat = tensor.squeeze(squeeze) if squeeze else tensor
                     for step in (None, 1, 2):
                         view = flat if step is None else flat[..., ::step][..., :pairs]
-                        if view.shape != wanted.shape:
+                        if len(view) not in (1, len(wanted)) or view.shape[1:] != wanted.shape[1:]:
                             continue
-                        if torch.allclose(view.float().cpu(), wanted):
+                        if torch.allclose(view.float().cpu().expand_as(wanted), wanted):
                             part = index if value.is_complex() else None
                             return self._emit(node, part, squeeze, step, pairs)
         return None

@@ -193,7 +193,7 @@ def _compile_decoder(folder: Path, pipeline: _Pipeline) -> Compiled:
     with Workers(cache_dir() / "regions") as workers:
         if pipeline.target == "cpu":
             workers.start()
-        program = capture_decoder(folder / MODEL, config.get_text_config(decoder=True).vocab_size)
+        program = capture_decoder(folder / MODEL, config)
         report = pipeline.run(("", program, DEFAULT))
         kind = type((config.architectures or ["CausalLM"])[0], (Compiled,), {})
         dtype = program.outputs[0].dtype

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from regraft.program import RegraftError, TensorSpec
+from regraft.program.config import head_sizes
 from regraft.runtime.causal_lm import Compiled, SessionCache
+from regraft.runtime.genai import GENAI, genai_configurations
 from regraft.runtime.onnx_session import OnnxSession, open_session
 from regraft.runtime.recurrent import RecurrentStates, growing
 
@@ -174,11 +176,16 @@ class OnnxCausalLM(Compiled):
 
     def new_cache(self) -> SessionCache:
         states = [spec.name for spec in self._states]
+
+        def shape(name: str, given: list[Any]) -> tuple[int, ...]:
+            sizes = [n if isinstance(n, int) else 0 for n in given[1:]]
+            if name.endswith((".key", ".value")):
+                heads, size = head_sizes(self.config.get_text_config(decoder=True))
+                sizes = [sizes[0] or heads or 0, sizes[1], sizes[2] or size or 0]
+            return tuple(sizes)
+
         past = {
-            name: (
-                tuple(n if isinstance(n, int) else 0 for n in spec.shape[1:]),
-                TYPES[spec.type][0],
-            )
+            name: (shape(name, spec.shape), TYPES[spec.type][0])
             for name, spec in self._names.items()
             if name.startswith(PAST) and name not in states
         }
@@ -237,6 +244,8 @@ def configurations(folder: Path) -> tuple[Any, Any]:
     """The configuration of an exported model and of its generation."""
     from transformers import AutoConfig, GenerationConfig
 
+    if not (folder / "config.json").is_file() and (folder / GENAI).is_file():
+        return genai_configurations(folder)
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:

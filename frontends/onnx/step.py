@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from regraft.frontends.onnx.decoding import Decoding, decoding
 from regraft.frontends.onnx.module import OnnxModule
 from regraft.program import Program, TensorSpec
 
@@ -24,9 +25,15 @@ class Step(nn.Module):
     def forward(self, *args: Tensor) -> tuple[Tensor, ...]:
         given = dict(zip(self.names, args, strict=True))
         keep = given.pop("logits_to_keep")
+        step = Decoding(given["attention_mask"], given["position_ids"], args[4:])
         if "position_ids" not in self.model.inputs:
             given.pop("position_ids")
-        found = dict(zip(self.model.outputs, self.model(**given), strict=True))
+        token = decoding.set(step)
+        try:
+            results = self.model(**given)
+        finally:
+            decoding.reset(token)
+        found = dict(zip(self.model.outputs, results, strict=True))
         presents = [found[name.replace(PAST, PRESENT)] for name in self.names[4:]]
         return found["logits"][:, keep], *presents
 

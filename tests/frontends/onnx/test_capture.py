@@ -198,27 +198,3 @@ def test_an_inputs_default_may_be_replaced():
     assert module.inputs == ["x"]
     assert module(torch.zeros(2)).tolist() == [1, 2]
     assert module(torch.zeros(2), w=torch.ones(2)).tolist() == [1, 1]
-
-
-def test_models_from_jax():
-    jax2onnx = pytest.importorskip("jax2onnx", reason="jax2onnx is not installed")
-    import jax.numpy as jnp
-
-    def layer(x):
-        return jnp.tanh(x @ jnp.ones((4, 3)) + 1)
-
-    made = jax2onnx.to_onnx(layer, [("B", 4)])
-    name = made.graph.input[0].name
-    check(made, {name: floats(2, 4)}, {name: floats(5, 4)})
-
-
-@pytest.mark.parametrize("kind", ["LogisticRegression", "RandomForestClassifier"])
-def test_models_from_scikit_learn(kind):
-    skl2onnx = pytest.importorskip("skl2onnx", reason="skl2onnx is not installed")
-    from sklearn import ensemble, linear_model
-
-    x = floats(40, 3)
-    trained = getattr(ensemble, kind, None) or getattr(linear_model, kind)
-    trained = trained().fit(x, x.sum(1) > 0)
-    made = skl2onnx.to_onnx(trained, x[:1], options={"zipmap": False})
-    check(made, {"X": x}, {"X": x[:7]})
