@@ -128,7 +128,7 @@ def calls_of(name: str) -> list[Feeds]:
             {"bytes": rng.integers(0, 256, (n, 2048)).astype(np.int32)} for n in (1, 3, 8)
         ],
         "ppocr-cls": lambda: [
-            {"x": floats(*n)} for n in ((1, 3, 48, 192), (4, 3, 48, 192), (2, 3, 32, 96))
+            {"x": floats(*n)} for n in ((1, 3, 48, 192), (4, 3, 48, 192), (2, 3, 64, 96))
         ],
         "ppocr-det": lambda: [
             {"x": floats(*n)} for n in ((1, 3, 64, 96), (2, 3, 160, 128), (1, 3, 320, 320))
