@@ -222,3 +222,20 @@ def test_models_from_scikit_learn(kind):
     trained = trained().fit(x, x.sum(1) > 0)
     made = skl2onnx.to_onnx(trained, x[:1], options={"zipmap": False})
     check(made, {"X": x}, {"X": x[:7]})
+
+
+@pytest.mark.parametrize("kind", ["GRU", "LSTM"])
+def test_recurrent_weights_of_wrong_sizes_are_one_error(kind):
+    gates = {"GRU": 3, "LSTM": 4}[kind]
+    weights = [held("w", floats(1, gates * 4, 5), np.float32),
+               held("r", floats(1, gates * 4, 4), np.float32)]  # fmt: skip
+    nodes = [node(kind, "x w r", "y", hidden_size=4)]
+    if kind == "GRU":
+        nodes[0].attribute.append(helper.make_attribute("linear_before_reset", 1))
+    made = model(nodes, [info("x", [2, 1, 5])], [info("y")], weights)
+    module = OnnxModule(made)
+    module(torch.ones(2, 1, 5))
+    with pytest.raises(RegraftError, match="wanted torch.float32"):
+        module(torch.ones(2, 1, 5).double())
+    with pytest.raises(RegraftError, match=f"{kind} of 'y'.*wanted torch.float32"):
+        module(torch.ones(2, 1, 6))

@@ -78,7 +78,8 @@ def fields_changed(proto, rng):
         elif kind == 6 and node.input:
             del node.input[rng.randrange(len(node.input))]
         else:
-            node.attribute.extend(other.attribute)
+            for attribute in [a.SerializeToString() for a in other.attribute]:
+                node.attribute.add().ParseFromString(attribute)
     return proto.SerializeToString()
 
 
