@@ -38,11 +38,15 @@ def run(quick: bool) -> Result:
         rows,
         [
             Check.at_least("files imported", len(rows), len(names)),
-            Check.at_most("largest error over the output's scale, quantised files cut", max(compared), TOLERANCE),
+            Check.at_most(
+                "largest error over the output's scale, quantised files cut",
+                max(compared),
+                TOLERANCE,
+            ),
             Check.at_most("slowest import, seconds", max(row["import s"] for row in rows), 20),
         ],
         chart="import s",
-    )  # fmt: skip
+    )
 
 
 def _row(name: str, rounds: int) -> dict[str, Any]:
