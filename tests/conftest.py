@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from regraft.assets import FOLDER
+from regraft.assets import FOLDER, ONNX_FOLDER
 from regraft.program.folders import cache_dir
 
 os.environ["REGRAFT_INDUCTOR"] = os.environ["REGRAFT_TVM"] = "0"
@@ -31,10 +31,11 @@ def tiny(model_type: str, **changes):
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
-    """Nothing of a test stays in the user's cache; a model that is there is used."""
+    """Nothing of a test stays in the user's cache; models that are there are used."""
     real, folder = cache_dir(), tmp_path_factory.mktemp("cache")
-    if (real / FOLDER).is_dir():
-        (folder / FOLDER).symlink_to(real / FOLDER)
+    for name in (FOLDER, ONNX_FOLDER):
+        if (real / name).is_dir():
+            (folder / name).symlink_to(real / name)
     before = os.environ.get("REGRAFT_CACHE")
     os.environ["REGRAFT_CACHE"] = str(folder)
     yield folder

@@ -94,8 +94,8 @@ def dimensions(value: ir.Value) -> list[int | str]:
 
 
 def _named(dim: int | ir.SymbolicDim) -> str | None:
-    """The name of a dynamic size; older files write -1 for those without."""
-    return None if isinstance(dim, int) else dim.value
+    """The name of a dynamic size; files write -1 or a question mark for those without."""
+    return None if isinstance(dim, int) or not re.search(r"\w", dim.value or "") else dim.value
 
 
 def _candidates(values: list[ir.Value]) -> Iterator[Sizes]:
@@ -165,16 +165,38 @@ def _traced(module: OnnxModule, examples: list[Tensor]) -> Program:
         replace(spec, name=name) for spec, name in zip(program.outputs, made, strict=True)
     )
     program.metadata["arguments"] = program.metadata["forward"] = list(module.inputs)
+    _refuse_fixed(module, examples, names, program)
     return program
 
 
+def _refuse_fixed(
+    module: OnnxModule, examples: list[Tensor], names: list[dict[int, str]], program: Program
+) -> None:
+    """RegraftError where the trace fixes a size that the model itself leaves free."""
+    left = {name for spec in program.inputs for name in spec.shape}
+    for name in dict.fromkeys(name for given in names for name in given.values()):
+        if name in left:
+            continue
+        larger = [
+            torch.cat([x] * 2, axis) if axis is not None else x
+            for x, given in zip(examples, names, strict=True)
+            for axis in [next((i for i, d in given.items() if d == name), None)]
+        ]
+        try:
+            with torch.no_grad():
+                module(*larger)
+        except RegraftError:
+            continue
+        raise RegraftError(f"the steps of the model depend on the size {name}")
+
+
 def _strict(names: list[dict[int, str]], examples: list[Tensor]) -> list[dict[int, Any]]:
-    """Dynamic sizes that must stay dynamic; equal names are one size."""
+    """Dynamic sizes that must stay dynamic, whatever their range."""
     dims: dict[str, Any] = {}
     for given in names:
         for name in given.values():
             plain = name.isidentifier()
-            dims.setdefault(name, Dim(name, min=1) if plain else Dim.AUTO)
+            dims.setdefault(name, Dim.DYNAMIC if plain else Dim.AUTO)
     return [{i: dims[name] for i, name in given.items()} for given in names]
 
 

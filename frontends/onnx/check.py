@@ -242,7 +242,7 @@ def _check_calls(proto: onnx.ModelProto) -> None:
     if len(functions) < len(keys):
         raise RegraftError("two functions have the same name: rename one of them")
     calls = {
-        key: [(n.domain, n.op_type, n.overload) for n in _all_nodes(function.node)]
+        key: [(n.domain, n.op_type, n.overload) for n in all_nodes(function.node)]
         for key, function in functions.items()
     }
     order = TopologicalSorter(
@@ -258,13 +258,13 @@ def _check_calls(proto: onnx.ModelProto) -> None:
     for key in ordered:
         sizes[key] = sum(sizes.get(name, 1) for name in calls[key])
     total = sum(
-        sizes.get((n.domain, n.op_type, n.overload), 1) for n in _all_nodes(proto.graph.node)
+        sizes.get((n.domain, n.op_type, n.overload), 1) for n in all_nodes(proto.graph.node)
     )
     if total > MOST_NODES:
         raise RegraftError(f"it has {total} nodes with its functions written out: simplify it")
 
 
-def _all_nodes(nodes: Iterable[onnx.NodeProto]) -> list[onnx.NodeProto]:
+def all_nodes(nodes: Iterable[onnx.NodeProto]) -> list[onnx.NodeProto]:
     found, left = [], list(nodes)
     while left:
         node = left.pop()

@@ -10,6 +10,7 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
 from regraft.frontends.onnx.check import Checker, is_map
+from regraft.frontends.onnx.sparse import densified
 from regraft.program import RegraftError
 
 OLDEST = 7
@@ -89,6 +90,7 @@ def _model(proto: onnx.ModelProto, folder: Path | None) -> ir.Model:
     if not proto.HasField("graph"):
         raise RegraftError("it holds no graph: fetch or export it again")
     _check_opsets(proto)
+    proto = densified(proto)
     checker = Checker(proto, folder)
     checker.check()
     if checker.maps:

@@ -76,6 +76,7 @@ class _Layer:
             return None
         if self.backwards == [True]:
             return None
+        self._check(states, len(order))
         parts = []
         for d in range(self.count):
             first, second = self.bias[d].chunk(2)
@@ -83,6 +84,24 @@ class _Layer:
         out, *last = run(self.x, states, parts, self.count == 2)
         out = out.unflatten(-1, (self.count, self.size)).transpose(1, 2)
         return [out, *last]
+
+    def _check(self, states: list[Tensor], gates: int) -> None:
+        """torch's kernels trust that sizes and types fit."""
+        rows, dtype = gates * self.size, self.weight.dtype
+        wanted = [
+            (self.x, (*self.x.shape[:2], self.weight.shape[-1])),
+            (self.weight, (self.count, rows, self.weight.shape[-1])),
+            (self.inner, (self.count, rows, self.size)),
+            (self.bias, (self.count, 2 * rows)),
+            *((state, (self.count, self.x.shape[1], self.size)) for state in states),
+        ]
+        if self.count != len(self.backwards) or not dtype.is_floating_point:
+            raise ValueError(f"{self.count} directions of {dtype} do not fit the operator")
+        for tensor, shape in wanted:
+            if tensor.shape != shape or tensor.dtype != dtype:
+                raise ValueError(
+                    f"an input is {tensor.dtype} {list(tensor.shape)}, wanted {dtype} {list(shape)}"
+                )
 
     def run(self, states: list[Tensor], step: Callable) -> list[Tensor]:
         outs, lasts = [], []

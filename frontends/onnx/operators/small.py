@@ -207,6 +207,11 @@ def _squeeze(x: Host, axes: Any = None) -> Host | None:
     return _moved(x, np.squeeze(x.values, tuple(axes) if axes else None))
 
 
+@on_host("Transpose")
+def _transpose(x: Host, *, perm: Any = None) -> Host:
+    return _moved(x, x.values.transpose(tuple(perm) if perm else None))
+
+
 @on_host("Reshape")
 def _reshape(x: Host, shape: Any, *, allowzero: int = 0) -> Host | None:
     sizes = _integers(shape) if isinstance(shape, Host) else shape

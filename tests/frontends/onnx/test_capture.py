@@ -198,3 +198,20 @@ def test_an_inputs_default_may_be_replaced():
     assert module.inputs == ["x"]
     assert module(torch.zeros(2)).tolist() == [1, 2]
     assert module(torch.zeros(2), w=torch.ones(2)).tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("kind", ["GRU", "LSTM"])
+def test_recurrent_weights_of_wrong_sizes_are_one_error(kind):
+    gates = {"GRU": 3, "LSTM": 4}[kind]
+    weights = [held("w", floats(1, gates * 4, 5), np.float32),
+               held("r", floats(1, gates * 4, 4), np.float32)]  # fmt: skip
+    nodes = [node(kind, "x w r", "y", hidden_size=4)]
+    if kind == "GRU":
+        nodes[0].attribute.append(helper.make_attribute("linear_before_reset", 1))
+    made = model(nodes, [info("x", [2, 1, 5])], [info("y")], weights)
+    module = OnnxModule(made)
+    module(torch.ones(2, 1, 5))
+    with pytest.raises(RegraftError, match="wanted torch.float32"):
+        module(torch.ones(2, 1, 5).double())
+    with pytest.raises(RegraftError, match=f"{kind} of 'y'.*wanted torch.float32"):
+        module(torch.ones(2, 1, 6))

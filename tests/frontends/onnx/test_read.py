@@ -1,5 +1,6 @@
 import os
 import random
+import resource
 import signal
 
 import numpy as np
@@ -291,3 +292,63 @@ def test_mutated_files_run_or_raise_regraft_error():
 @pytest.mark.slow
 def test_many_mutated_files_run_or_raise_regraft_error():
     fuzz(3000)
+
+
+def large(folder, held):
+    """A weight of 2.4 GB, all holes on disk but its end, and a model that reads three rows."""
+    rows = 600_000
+    with (folder / "w.bin").open("wb") as file:
+        file.truncate(held)
+        if held == rows * 4000:
+            file.seek(-4000, os.SEEK_END)
+            file.write(np.full(1000, 2, np.float32).tobytes())
+    weight = TensorProto(name="w", data_type=F, dims=[rows, 1000])
+    weight.data_location = TensorProto.EXTERNAL
+    weight.external_data.add(key="location", value="w.bin")
+    made = model([node("Gather", "w i")], inputs=("i",), held=[weight])
+    made.graph.input[0].CopyFrom(info("i", ["n"], TensorProto.INT64))
+    onnx.save(made, folder / "m.onnx")
+    return folder / "m.onnx"
+
+
+def test_weights_over_two_gigabytes_stay_on_disk(tmp_path):
+    path = large(tmp_path, 600_000 * 4000)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found = OnnxModule(path)(torch.tensor([0, 599_999, 7]))
+    assert found.sum(1).tolist() == [0, 2000, 0]
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000
+
+
+def test_weights_over_two_gigabytes_that_are_cut_are_refused(tmp_path):
+    path = large(tmp_path, 600_000 * 4000 - 1)
+    with pytest.raises(RegraftError, match="bytes 0 to 2400000000 of 'w.bin'.*has 2399999999"):
+        read(path)
+
+
+def sparse(dims=(2, 3), values=(5.0, 7.0), indices=((0, 1), (1, 2))):
+    made = model([node("Add", "x w")])
+    held = made.graph.sparse_initializer.add(dims=dims)
+    held.values.CopyFrom(numpy_helper.from_array(np.array(values, np.float32), "w"))
+    held.indices.CopyFrom(numpy_helper.from_array(np.array(indices), "i"))
+    return made
+
+
+@pytest.mark.parametrize("indices", [((0, 1), (1, 2)), (1, 5)])
+def test_sparse_initialisers_become_dense(indices):
+    found = OnnxModule(sparse(indices=indices))(torch.zeros(2, 3))
+    assert found.tolist() == [[0, 5, 0], [0, 0, 7]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"dims": (2**20, 2**20)}, "more than 1073741824 bytes dense"),
+        ({"dims": (-2, -3)}, "more than"),
+        ({"indices": (1, 6)}, "index outside of"),
+        ({"indices": ((0, 1), (-1, 2))}, "index outside of"),
+        ({"indices": (1, 2, 3)}, "do not fit"),
+    ],
+)
+def test_sparse_initialisers_are_checked(changes, said):
+    with pytest.raises(RegraftError, match=said):
+        read(sparse(**changes))
