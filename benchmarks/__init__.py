@@ -10,4 +10,5 @@ SUITES = {
     "onnx-export": "regraft.benchmarks.onnx_export",
     "onnx-models": "regraft.benchmarks.onnx_models",
     "onnx-import": "regraft.benchmarks.onnx_import",
+    "prune": "regraft.benchmarks.prune",
 }

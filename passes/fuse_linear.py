@@ -85,9 +85,7 @@ def split_fused(program: Program) -> int:
     Also where the model itself stacks its projections.
     """
     found = 0
-    for split in program.graph.find_nodes(
-        op="call_function", target=aten.split_with_sizes.default
-    ):
+    for split in program.graph.find_nodes(op="call_function", target=aten.split_with_sizes.default):
         linear, sizes = split.args[0], split.args[1]
         if (
             linear.target != aten.linear.default

@@ -138,9 +138,7 @@ class Prune(Pass):
             method = "tune" if self.method == "fisher" else self.method
             reached = gathered.reached if gathered is not None else None
             with _clock(seconds, method):
-                cuts, notes = refit(
-                    program, blocks, kept, found, reached, method, context.tell
-                )
+                cuts, notes = refit(program, blocks, kept, found, reached, method, context.tell)
         return Masks.of(blocks, cuts, tokens, seconds=seconds), notes
 
     def _scores(

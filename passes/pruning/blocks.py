@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from regraft.passes.base import is_call
+from regraft.passes.fuse_linear import split_fused
 from regraft.passes.regions import between
 from regraft.program import Program
 from regraft.program.program import source_of
@@ -103,8 +104,12 @@ def find(program: Program) -> tuple[list[Block], list[tuple[str, str]]]:
 
 
 def count_macs(program: Program, tokens: float) -> float:
-    """Those a token of all blocks that can be cut, as the graph is now."""
-    return sum(block.units * block.macs(tokens) for block in find(program)[0])
+    """Those a token of all blocks that can be cut, by the weights that the graph has now.
+
+    The program is one captured here, not one that was loaded, and its layers are not outlined.
+    """
+    split_fused(made := program.copy())
+    return sum(block.units * block.macs(tokens) for block in find(made)[0])
 
 
 class _CannotCut(Exception):

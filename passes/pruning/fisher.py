@@ -82,7 +82,7 @@ def _summed(block: Block, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
 def _loss(
     program: Program, outputs: Any, sample: Sample, labelled: bool, generator: torch.Generator
 ) -> Tensor:
-    named = {spec.name: x for spec, x in zip(program.outputs, outputs, strict=True)}
+    named = {spec.name.split(".")[-1]: x for spec, x in zip(program.outputs, outputs, strict=True)}
     logits = named.get("logits")
     if labelled:
         if sample.labels is None:

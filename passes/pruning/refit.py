@@ -20,7 +20,7 @@ from regraft.passes.recorder import Runner
 from regraft.program import Program
 
 log = logging.getLogger("regraft")
-TOKENS = 65_536
+TOKENS = 49_152
 """The most tokens that least squares are fitted to."""
 CHECKED = 8
 """One sample of so many decides which strength is best, and whether the fit helps at all."""

@@ -124,7 +124,5 @@ def _trimmed(sample: Sample) -> Sample:
     if sample.real is None or (seen := sample.real.any(0)).all():
         return sample
     length = len(seen)
-    inputs = tuple(
-        x[:, seen] if x.dim() > 1 and x.shape[1] == length else x for x in sample.inputs
-    )
+    inputs = tuple(x[:, seen] if x.dim() > 1 and x.shape[1] == length else x for x in sample.inputs)
     return Sample(inputs, sample.real[:, seen], sample.labels)
