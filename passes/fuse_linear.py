@@ -3,6 +3,7 @@
 from collections import defaultdict
 from dataclasses import dataclass
 from operator import getitem
+from typing import Any
 
 import torch
 from torch import fx
@@ -114,6 +115,7 @@ def _split(program: Program, split: fx.Node, linear: fx.Node, sizes: list[int]) 
                 setattr(module, part, getattr(module, part, weight))
                 piece.append(graph.get_attr(part))
                 piece[-1].meta = {**argument.meta, "val": getattr(module, part)}
+        item: Any
         for item in list(split.users):
             new = graph.call_function(
                 aten.linear.default, (linear.args[0], *pieces[int(item.args[1])])
@@ -121,6 +123,6 @@ def _split(program: Program, split: fx.Node, linear: fx.Node, sizes: list[int]) 
             new.meta = dict(item.meta)
             item.replace_all_uses_with(new)
             graph.erase_node(item)
-    constants = [a for a in linear.args[1:] if a]
+    constants: list[Any] = [a for a in linear.args[1:] if a]
     for dead in (split, linear, *constants):
         graph.erase_node(dead)

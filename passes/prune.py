@@ -21,7 +21,7 @@ from regraft.passes.pruning.fisher import Gradients, gradients
 from regraft.passes.pruning.latency import Latency
 from regraft.passes.pruning.masks import Masks
 from regraft.passes.pruning.refit import refit
-from regraft.passes.pruning.samples import Sample, is_decoder, mean_length, samples
+from regraft.passes.pruning.samples import Sample, mean_length, samples
 from regraft.passes.pruning.search import rearranged, search
 from regraft.passes.pruning.slicing import Cut, cut
 from regraft.program import Program, RegraftError

@@ -143,13 +143,14 @@ def _refuse_shared(block: Block, users: dict[int, list[fx.Node]]) -> None:
 
 
 def _heads(output: fx.Node) -> Block | None:
-    node, after = output.args[0], []
+    node: Any = output.args[0]
+    after = []
     while isinstance(node, fx.Node) and node.target in MOVES:
         after.append(node)
         node = node.args[0]
     if not isinstance(node, fx.Node):
         return None
-    attention = node
+    attention: Any = node
     if is_call(node, getitem) and is_call(node.args[0], ATTENTION[0]) and node.args[1] == 0:
         attention = node.args[0]
         after.append(node)

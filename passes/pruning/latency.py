@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ class Latency:
         self._groups: dict[tuple, list[int]] = {}
         for index, block in enumerate(blocks):
             self._groups.setdefault(_key(block), []).append(index)
-        variants = {("dense", 0.0): _timed(program)}
+        variants: dict[Any, Any] = {("dense", 0.0): _timed(program)}
         for key, members in self._groups.items():
             for share in WIDTHS[1:]:
                 keep = {i: _kept(blocks[i], share) for i in members}

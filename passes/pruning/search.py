@@ -35,6 +35,8 @@ def search(
     up to 1/SLOTS of the budget. RegraftError where the budget is below the least.
     Source: Kwon et al. (arXiv 2204.09656), there for equal costs by enumeration.
     """
+    if sum(cost(i, block.units) for i, block in enumerate(blocks)) <= budget:
+        return [torch.arange(block.units) for block in blocks]
     unit = budget / SLOTS
     options, order = [], []
     for index, (block, values) in enumerate(zip(blocks, importance, strict=True)):

@@ -119,13 +119,14 @@ def _free_sizes(node: fx.Node, block: Block) -> None:
     """Sizes of a reshape that count heads or their channels follow from the others."""
     if node.target not in RESHAPES:
         return
-    sizes, shape = list(node.args[1]), node.meta["val"].shape
+    given: Any = node.args[1]
+    sizes, shape = list(given), node.meta["val"].shape
     if -1 in sizes:
         return
     source = node.args[0].meta["val"].shape
     for index in reversed(range(len(sizes))):
         size = sizes[index]
-        counts = isinstance(size, int) and size == shape[index] and size not in source[index:index]
+        counts = isinstance(size, int) and size == shape[index]
         if counts and _counts_units(size, index, shape, source, block):
             sizes[index] = -1
             node.args = (node.args[0], sizes)

@@ -161,7 +161,10 @@ def test_search_finds_the_best_of_all():
     assert sum(c * len(units) for c, units in zip(cost, kept, strict=True)) <= 10.0
     lost = sum(float(i.sum() - i[k].sum()) for i, k in zip(importance, kept, strict=True))
     best = min(
-        sum(float(values.sort().values[: 4 - n].sum()) for values, n in zip(importance, ns))
+        sum(
+            float(values.sort().values[: 4 - n].sum())
+            for values, n in zip(importance, ns, strict=True)
+        )
         for ns in itertools.product(range(5), repeat=2)
         if sum(c * n for c, n in zip(cost, ns, strict=True)) <= 10.0
     )
