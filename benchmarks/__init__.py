@@ -11,4 +11,5 @@ SUITES = {
     "onnx-models": "regraft.benchmarks.onnx_models",
     "onnx-import": "regraft.benchmarks.onnx_import",
     "onnx-files": "regraft.benchmarks.onnx_files",
+    "prune": "regraft.benchmarks.prune",
 }

@@ -5,6 +5,7 @@ from regraft.passes.clean_up import CleanUp
 from regraft.passes.fuse_linear import FuseLinear
 from regraft.passes.kvquant import KVQuant
 from regraft.passes.outline import OutlineLayers
+from regraft.passes.prune import Prune
 from regraft.passes.raise_attention import RaiseAttention
 from regraft.passes.raise_latent import RaiseLatent
 from regraft.passes.raise_mask import RaiseMask
@@ -38,6 +39,7 @@ __all__ = [
     "OutlineLayers",
     "Pass",
     "PassResult",
+    "Prune",
     "RaiseAttention",
     "RaiseLatent",
     "RaiseMask",

@@ -6,7 +6,7 @@ import difflib
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,10 +21,12 @@ registry: dict[str, type[Pass]] = {}
 
 @dataclass(frozen=True)
 class PassResult:
-    """How often the pass matched, and (where, reason) of each place it left alone."""
+    """How often the pass matched, (where, reason) of each place it left alone, and what else the
+    report shows."""
 
     matches: int
     skipped: tuple[tuple[str, str], ...] = ()
+    picture: str = ""
 
 
 @dataclass
@@ -42,6 +44,8 @@ class Pass(ABC):
 
     tolerance: ClassVar[float | None] = 1e-5
     """Largest change of the outputs allowed, as a share of their scale; None: not measured."""
+    reads_weights: ClassVar[bool] = False
+    """Whether what it does depends on the values of weights: no program of it is kept."""
 
     def __init_subclass__(cls) -> None:
         registry[cls.__name__] = cls
@@ -122,7 +126,8 @@ def _run(
                 default=0.0,
             )
         after = len(program.graph.nodes)
-        report.rows.append(Row(name, result.matches, result.skipped, before, after, seconds, error))
+        row = Row(name, result.matches, result.skipped, before, after, seconds, error)
+        report.rows.append(replace(row, picture=result.picture))
         if dump_dir is not None:
             folder = Path(dump_dir)
             folder.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,8 @@ from functools import reduce
 from math import gcd
 from typing import Any
 
+import numpy as np
+
 from regraft.kernels.kvquant.layout import BLOCK
 from regraft.kernels.kvquant.reference import cap
 
@@ -74,14 +76,14 @@ def cheapest(options: Sequence[Sequence[Option]], limit: float) -> list[Option]:
     ]
     unit = reduce(gcd, (cost for each in extra for cost in each), 0) or 1
     slots = min(room, sum(max(each) for each in extra)) // unit + 1
-    errors, taken = [0.0] * slots, []
+    errors, taken = np.zeros(slots), []
     for each, costs in zip(options, extra, strict=True):
-        made, best = [float("inf")] * slots, [0] * slots
+        made, best = np.full(slots, np.inf), np.zeros(slots, np.int64)
         for index, (option, cost) in enumerate(zip(each, costs, strict=True)):
-            for slot in range(cost // unit, slots):
-                error = errors[slot - cost // unit] + option.error
-                if error < made[slot]:
-                    made[slot], best[slot] = error, index
+            if (first := cost // unit) < slots:
+                error = errors[: slots - first] + option.error
+                better = error < made[first:]
+                made[first:][better], best[first:][better] = error[better], index
         errors = made
         taken.append(best)
     chosen, slot = [], slots - 1

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from dataclasses import dataclass
 from operator import getitem
+from typing import Any
 
 import torch
 from torch import fx
@@ -77,3 +78,51 @@ def _fuse(module: fx.GraphModule, nodes: list[fx.Node]) -> dict[str, list[str]]:
 
 def _is_item(node) -> bool:
     return isinstance(node, fx.Node) and node.target is getitem
+
+
+def split_fused(program: Program) -> int:
+    """split(x [W1; W2; ...]') -> x W1', x W2', ...: the inverse of FuseLinear; how many were split.
+
+    Also where the model itself stacks its projections.
+    """
+    found = 0
+    for split in program.graph.find_nodes(op="call_function", target=aten.split_with_sizes.default):
+        linear, sizes = split.args[0], split.args[1]
+        if (
+            linear.target != aten.linear.default
+            or len(linear.users) > 1
+            or any(a.op != "get_attr" or len(a.users) > 1 for a in linear.args[1:] if a)
+            or (len(split.args) > 2 and split.args[2] not in (-1, linear.meta["val"].dim() - 1))
+        ):
+            continue
+        _split(program, split, linear, sizes)
+        found += 1
+    return found
+
+
+def _split(program: Program, split: fx.Node, linear: fx.Node, sizes: list[int]) -> None:
+    module, graph = program.graph_module, program.graph
+    known = program.metadata.get("stacked", {})
+    pieces: list[list[fx.Node]] = [[] for _ in sizes]
+    with graph.inserting_before(linear):
+        for argument in [a for a in linear.args[1:] if a]:
+            name = str(argument.target)
+            names = known.pop(name, [f"{name}_{i}" for i in range(len(sizes))])
+            for piece, part, tensor in zip(
+                pieces, names, getattr(module, name).split(sizes), strict=True
+            ):
+                weight = torch.nn.Parameter(tensor.clone(), requires_grad=False)
+                setattr(module, part, getattr(module, part, weight))
+                piece.append(graph.get_attr(part))
+                piece[-1].meta = {**argument.meta, "val": getattr(module, part)}
+        item: Any
+        for item in list(split.users):
+            new = graph.call_function(
+                aten.linear.default, (linear.args[0], *pieces[int(item.args[1])])
+            )
+            new.meta = dict(item.meta)
+            item.replace_all_uses_with(new)
+            graph.erase_node(item)
+    constants: list[Any] = [a for a in linear.args[1:] if a]
+    for dead in (split, linear, *constants):
+        graph.erase_node(dead)

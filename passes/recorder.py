@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ class Runner(fx.Interpreter):
     def __init__(self, program: Program, edits: Mapping[fx.Node, Edit]) -> None:
         super().__init__(program.graph_module)
         self.program, self.edits = program, edits
+        self._todo: Iterator[fx.Node] = iter(())
 
     def run_node(self, n: fx.Node) -> Any:
         if n.op == "get_attr":
@@ -39,6 +41,22 @@ class Runner(fx.Interpreter):
         if n.target is regraft.causal_mask.default and all(u.target in _ATTENTION for u in n.users):
             return _mask(*args)
         return bodies.get(n.target, n.target)(*args, **kwargs)
+
+    def begin(self, *inputs: Any) -> None:
+        """Be ready to run on inputs, as far as ``until`` says."""
+        self.args_iter = iter(inputs)
+        self.env, self._todo = {}, iter(self.program.graph.nodes)
+
+    def until(self, stop: fx.Node) -> dict[fx.Node, Any]:
+        """Run up to ``stop``, it alone left out; the values that it or later nodes need."""
+        for node in self._todo:
+            if node is stop:
+                self._todo = itertools.chain((node,), self._todo)
+                break
+            self.env[node] = self.run_node(node)
+            for dead in self.user_to_last_uses.get(node, ()):
+                self.env.pop(dead, None)
+        return self.env
 
     def logits(self, ids: Tensor, keep: Tensor | None = None) -> Tensor:
         """[batch, kept, vocab] after the tokens at keep, or at all places, of ids [batch, length],

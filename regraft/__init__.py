@@ -23,6 +23,8 @@ _public = {
     "CleanUp": "regraft.passes.clean_up",
     "OutlineLayers": "regraft.passes.outline",
     "KVQuant": "regraft.passes.kvquant",
+    "Prune": "regraft.passes.prune",
+    "save_masks": "regraft.passes.pruning.masks",
     "save_calibration": "regraft.program.calibration",
 }
 __all__ = sorted(_public)

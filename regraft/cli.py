@@ -63,11 +63,14 @@ def compile_(
     folder: Path = typer.Argument(..., metavar="OUT", help="The folder to write."),
     kv_bits: str = BITS,
     recipe: Path | None = typer.Option(None, "--recipe", help="A YAML file that lists passes."),
+    macs: float | None = typer.Option(None, "--macs", help="Prune to this share; needs --text."),
+    text: Path | None = typer.Option(None, "--text", help="A text file to calibrate with."),
 ) -> None:
     """Compile a model into a folder that generate and inspect take."""
-    passes = _passes(kv_bits)
-    loaded, tokenizer = _load(model, tokenizer=False)
-    compiled = _compile(loaded, passes, recipe)
+    passes = _pruned(macs, text) + _passes(kv_bits)
+    loaded, words = _load(model, tokenizer=text is not None)
+    calibration = None if text is None else _batches(text, words)
+    compiled = _compile(loaded, passes, recipe, calibration=calibration)
     with _status(f"writing {folder}"):
         compiled.save(folder)
         if tokenizer := _tokenizer(_folder(model)):
@@ -220,6 +223,25 @@ def _passes(kv_bits: str) -> list[Any]:
     return [KVQuant(bits=int(kv_bits))]
 
 
+def _pruned(macs: float | None, text: Path | None) -> list[Any]:
+    from regraft import Prune, RegraftError
+
+    if macs is not None and text is None:
+        raise RegraftError("--macs needs --text FILE: what the model is calibrated with")
+    return [] if macs is None else [Prune(macs=macs, method="reconstruct")]
+
+
+def _batches(text: Path, tokenizer: Any) -> list[Any]:
+    """The file's tokens, of which at most 64 pieces of 512 are used."""
+    from regraft import RegraftError
+
+    try:
+        ids = tokenizer(text.read_text(), return_tensors="pt")["input_ids"]
+    except (OSError, UnicodeDecodeError) as error:
+        raise RegraftError(f"{text} cannot be read: {error}") from error
+    return list(ids[:, : 64 * 512].split(512, 1))
+
+
 def _folder(name: str) -> Path:
     from regraft.assets import smollm2
 
@@ -290,10 +312,16 @@ def _open(name: str, passes: list[Any], tokenizer: bool = False) -> tuple[Any, A
         return regraft.load(folder), words
 
 
-def _compile(model: Any, passes: list[Any], recipe: Path | None = None, target: str = "cpu") -> Any:
+def _compile(
+    model: Any,
+    passes: list[Any],
+    recipe: Path | None = None,
+    target: str = "cpu",
+    calibration: list[Any] | None = None,
+) -> Any:
     import regraft
 
-    return regraft.compile(model, passes, recipe=recipe, target=target)
+    return regraft.compile(model, passes, recipe=recipe, target=target, calibration=calibration)
 
 
 def _generate(compiled: Any, tokenizer: Any, prompt: str, count: int) -> Any:

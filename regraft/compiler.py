@@ -210,7 +210,8 @@ def _compile_causal_lm(model: Any, pipeline: _Pipeline) -> Compiled:
     from regraft.frontends.huggingface import capture
 
     key = None
-    if not pipeline.calibration and not pipeline.dump_dir:
+    reads_weights = any(item.reads_weights for item in pipeline.asked)
+    if not pipeline.calibration and not pipeline.dump_dir and not reads_weights:
         key = fingerprint(model, pipeline.steps(DEFAULT))
     entry = cache_dir() / "programs" / f"{key}.safetensors"
     kept = fetch(entry, model) if key else None

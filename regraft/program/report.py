@@ -12,7 +12,8 @@ class Row:
     """One pass: matches, (where, reason) of what it skipped, size, seconds, error it added.
 
     ``max_abs_error`` is the largest change of the outputs on the sample inputs, None where the
-    pass does not change what the functional graph computes (a cache format, say).
+    pass does not change what the functional graph computes (a cache format, say). ``picture``:
+    lines that a pass adds to the report.
     """
 
     name: str
@@ -22,6 +23,7 @@ class Row:
     nodes_after: int
     seconds: float
     max_abs_error: float | None
+    picture: str = ""
 
 
 @dataclass
@@ -44,5 +46,7 @@ class Report:
         console.print(self.table())
         for row in self.rows:
             for where, reason in row.skipped[:4]:
-                console.print(f"{row.name} skipped {where}: {reason}")
+                console.print(f"{row.name} skipped {where}: {reason}", markup=False)
+            if row.picture:
+                console.print(row.picture, markup=False, highlight=False)
         return console.export_text()

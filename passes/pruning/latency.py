@@ -1,0 +1,135 @@
+"""How long blocks take with fewer units, measured on the graph as it runs."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from regraft.kernels.linear.reference import linear
+from regraft.passes.pruning.blocks import Block, find
+from regraft.passes.pruning.slicing import Cut, cut
+from regraft.program import Program, RegraftError
+
+WIDTHS, ROUNDS = (1.0, 0.75, 0.5, 0.25, 0.0), 9
+"""Shares of units that are measured, and how often."""
+
+
+class Latency:
+    """Seconds of a program by how many units its blocks keep, at ``batch`` rows of ``tokens``.
+
+    Blocks of one kind and size are cut alike at each of WIDTHS; the whole program is timed, widths
+    in turn, and a block's part is the difference to none of its kind, divided by their number.
+    Between widths times are interpolated.
+    """
+
+    def __init__(
+        self, program: Program, batch: int, tokens: int, tell: Callable[[str], None]
+    ) -> None:
+        self.program, self.inputs = program, inputs(program, batch, tokens)
+        blocks = find(program)[0]
+        self._groups: dict[tuple, list[int]] = {}
+        for index, block in enumerate(blocks):
+            self._groups.setdefault(_key(block), []).append(index)
+        variants: dict[Any, Any] = {("dense", 0.0): _timed(program)}
+        for key, members in self._groups.items():
+            for share in WIDTHS[1:]:
+                keep = {i: _kept(blocks[i], share) for i in members}
+                variants[key, share] = _timed(sliced(program, keep))
+        tell("measuring latency")
+        seconds = timings(variants, self.inputs)
+        self.dense = seconds["dense", 0.0]
+        self._tables: list[tuple[list[int], list[float]]] = [([], [])] * len(blocks)
+        self.rest = self.dense
+        for key, members in self._groups.items():
+            units = [_kept(blocks[members[0]], share) for share in WIDTHS]
+            whole = [self.dense, *(seconds[key, share] for share in WIDTHS[1:])]
+            none = min(whole)
+            parts = [max(0.0, (each - none) / len(members)) for each in whole]
+            parts = list(np.minimum.accumulate(parts))
+            self.rest -= len(members) * parts[0]
+            for index in members:
+                self._tables[index] = units[::-1], parts[::-1]
+
+    def of(self, index: int, units: int) -> float:
+        """What block ``index`` adds with so many units."""
+        known, seconds = self._tables[index]
+        return float(np.interp(units, known, seconds))
+
+    def share(self, kept: Sequence[Tensor]) -> float:
+        """Measured: the time of the program cut like this, as a share of the program's own."""
+        keep = {index: len(units) for index, units in enumerate(kept)}
+        pair = {"dense": _timed(self.program), "cut": _timed(sliced(self.program, keep))}
+        seconds = timings(pair, self.inputs, 2 * ROUNDS)
+        return seconds["cut"] / seconds["dense"]
+
+
+def inputs(program: Program, batch: int, tokens: int) -> tuple[Tensor, ...]:
+    """Inputs of so many rows and tokens: zeros for ids, ones for masks, an empty past."""
+    made = []
+    for spec, example in zip(program.inputs, program.examples, strict=True):
+        sizes = {"batch_size": batch, "past_sequence_length": 0}
+        shape = [n if isinstance(n, int) else sizes.get(n, tokens) for n in spec.shape]
+        if example.is_floating_point():
+            made.append(torch.zeros(shape, dtype=example.dtype))
+        elif "mask" in spec.name:
+            made.append(torch.ones(shape, dtype=example.dtype))
+        elif spec.role == "positions":
+            made.append(torch.arange(shape[-1]).expand(shape).contiguous())
+        else:
+            made.append(torch.zeros(shape, dtype=example.dtype))
+    return tuple(made)
+
+
+def sliced(program: Program, keep: dict[int, int]) -> Program:
+    """A copy that keeps the first so many units of these blocks."""
+    made = program.copy()
+    pairs = [(block, keep[i]) for i, block in enumerate(find(made)[0]) if i in keep]
+    cut(made, [block for block, _ in pairs], [Cut(torch.arange(n)) for _, n in pairs])
+    made.graph.eliminate_dead_code()
+    made.graph_module.recompile()
+    return made
+
+
+def timings(
+    variants: dict, given: tuple[Tensor, ...], rounds: int = ROUNDS
+) -> dict[tuple | str, float]:
+    """Median seconds of each, in turn, after one turn that does not count."""
+    samples: dict[tuple | str, list[float]] = {name: [] for name in variants}
+    try:
+        for turn in range(rounds + 1):
+            for name, run in variants.items():
+                start = time.perf_counter()
+                run(given)
+                if turn:
+                    samples[name].append(time.perf_counter() - start)
+    except (RuntimeError, IndexError) as error:
+        raise RegraftError(f"the latency cannot be measured on inputs of zeros: {error}") from error
+    return {name: statistics.median(found) for name, found in samples.items()}
+
+
+def _key(block: Block) -> tuple:
+    return block.kind, block.units, block.parts, block.width, block.macs(0)
+
+
+def _kept(block: Block, share: float) -> int:
+    return max(block.least, round(share * block.units))
+
+
+def _timed(program: Program) -> Callable[[tuple[Tensor, ...]], None]:
+    """A run of the program with the linear layers that compiled programs use."""
+    graph: fx.Graph = program.copy().graph
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default):
+        node.target = linear
+    module = fx.GraphModule(program.graph_module, graph)
+
+    def run(given: tuple[Tensor, ...]) -> None:
+        with torch.no_grad():
+            module(*given)
+
+    return run
