@@ -5,6 +5,10 @@ from memory to the registers whose operands they become; two codes at a time are
 shared memory, where each lane has its own copy of the table. Keys are scaled and rotated in
 registers as pairs of float16: queries are turned back to a block's last token, keys by the
 rotations relative to it, which consecutive positions share from block to block.
+
+Shared memory is what it waits for: a load gives 4 bytes a lane and cycle even where lanes read the
+same, and on an H100 that path is busy 94 to 95 % of the time, with outliers or without. Half of the
+loads are the look-ups, which tie 32 copies of the table to 32 banks.
 """
 
 from __future__ import annotations
