@@ -1,7 +1,7 @@
 """The quantized cache in standard ONNX operators: the body of the function that exports call.
 
-Codes lie as ``planes`` says, not as the kernels' layouts; what they mean is the reference's.
-b is a ``frontends.export.builder.Builder``.
+Codes lie as ``onnx_codes.planes`` says, not as the kernels' layouts; what they mean is the
+reference's. b is a ``frontends.export.builder.Builder``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import torch
 from regraft.kernels.attention.onnx import attention
 from regraft.kernels.kvquant.feedback import turns
 from regraft.kernels.kvquant.hadamard import hadamard
-from regraft.kernels.kvquant.layout import BLOCK, PLANES
+from regraft.kernels.kvquant.layout import BLOCK
+from regraft.kernels.kvquant.onnx_codes import pack, unpack
 from regraft.kernels.rotary.onnx import rotate
 
 HALF, FLOAT, INT, BYTE = torch.float16, torch.float32, torch.int64, torch.uint8
@@ -244,7 +245,7 @@ def _quantize(b: Any, x: Any, side: Side, given: dict[str, Any]) -> dict[str, An
         kept = None if exact is None else _mask(b, exact, side)
         code, aim = _in_turn(b, y, book, side, kept)
     target = x if aim is y else b.op("Add", x, b.op("Mul", b.op("Sub", aim, y), scale))
-    parts["codes"] = _pack(b, code, side.bits, size)
+    parts["codes"] = pack(b, code, side.bits, size)
     if exact is not None:
         residual = b.op("Sub", target, _read(b, code, book["levels"], scale, zero))
         flat = _flat(b, residual, side)
@@ -371,56 +372,10 @@ def _in_turn(b: Any, y: Any, book: dict[str, Any], side: Side, exact: Any) -> tu
     return code, aim
 
 
-def planes(bits: int, size: int) -> list[tuple[int, int, int]]:
-    """For each plane of a token's codes its width, its lowest bit and its bytes; code c of the
-    plane lies in byte c % bytes, at bit width * (c // bytes)."""
-    found, low = [], 0
-    for width in PLANES[bits]:
-        found.append((width, low, size * width // 8))
-        low += width
-    return found
-
-
-def _pack(b: Any, code: Any, bits: int, size: int) -> Any:
-    """int32 codes [..., D] as bytes [..., D * bits / 8]."""
-    parts = []
-    for width, low, each in planes(bits, size):
-        plane = code
-        if low or width < bits:
-            plane = b.op("Div", plane, b.constant(2**low, torch.int32))
-            plane = b.op("Mod", plane, b.constant(2**width, torch.int32))
-        total = None
-        for i in range(8 // width):
-            piece = b.slice(plane, i * each, (i + 1) * each, -1)
-            if i:
-                piece = b.op("Mul", piece, b.constant(2 ** (width * i), torch.int32))
-            total = piece if total is None else b.op("Add", total, piece)
-        parts.append(b.cast(total, BYTE))
-    return parts[0] if len(parts) == 1 else b.op("Concat", *parts, axis=-1)
-
-
-def _unpack(b: Any, packed: Any, bits: int, size: int) -> Any:
-    """What ``_pack`` was given."""
-    code, start = None, 0
-    for width, low, each in planes(bits, size):
-        plane = packed if each * 8 == size * bits else b.slice(packed, start, start + each, -1)
-        start += each
-        pieces = []
-        for i in range(8 // width):
-            shift = b.constant(width * i, BYTE)
-            piece = b.op("BitShift", plane, shift, direction="RIGHT") if i else plane
-            pieces.append(b.op("BitwiseAnd", piece, b.constant(2**width - 1, BYTE)))
-        part = b.cast(b.op("Concat", *pieces, axis=-1), torch.int32)
-        if low:
-            part = b.op("Mul", part, b.constant(2**low, torch.int32))
-        code = part if code is None else b.op("Add", code, part)
-    return code
-
-
 def _dequantize(b: Any, side: Side, states: dict[str, Any], given: dict[str, Any]) -> Any:
     """The body [B, H, T, D] as it reads, float32; keys not rotated."""
     kind = side.kind
-    code = _unpack(b, states[f"{kind}_codes"], side.bits, side.size)
+    code = unpack(b, states[f"{kind}_codes"], side.bits, side.size)
     if kind == "value":
         scale, zero = (
             b.unsqueeze(b.cast(states[f"value_{name}"], FLOAT), 1, 3) for name in ("scale", "zero")
