@@ -163,18 +163,14 @@ def _load(file: Path, name: str) -> Callable[..., None]:
 @cache
 def _launcher() -> int | None:
     """The address of omp_launch, linked against the OpenMP library of this process."""
-    maps = Path("/proc/self/maps")
-    lines = maps.read_text().splitlines() if maps.is_file() else []
-    found = re.findall(r"/\S*lib(?:gomp|iomp5|omp)\b\S*\.so\S*", "\n".join(lines))
-    if not found:
-        raise KernelError("torch runs without an OpenMP library that kernels could share")
+    openmp = _openmp()
     source = LAUNCHER.read_bytes()
-    identity = hashlib.sha256(source + Path(found[0]).name.encode()).hexdigest()[:24]
+    identity = hashlib.sha256(source + openmp.name.encode()).hexdigest()[:24]
 
     def make(path: Path) -> None:
         with tempfile.TemporaryDirectory() as folder:
             built = Path(folder, "launch.so")
-            command = [_compiler(), "-O2", "-shared", "-fPIC", str(LAUNCHER), found[0]]
+            command = [_compiler(), "-O2", "-shared", "-fPIC", str(LAUNCHER), str(openmp)]
             result = subprocess.run([*command, "-o", str(built)], capture_output=True, text=True)
             if result.returncode:
                 raise KernelError(f"the OpenMP launcher does not compile: {result.stderr[:200]}")
@@ -184,6 +180,17 @@ def _launcher() -> int | None:
     _files[identity] = file
     _kept.append(library := ctypes.CDLL(str(file)))
     return ctypes.cast(library.omp_launch, ctypes.c_void_p).value
+
+
+def _openmp() -> Path:
+    """torch's own OpenMP library among the mapped ones (scikit-learn and others bring another)."""
+    maps = Path("/proc/self/maps")
+    lines = maps.read_text() if maps.is_file() else ""
+    found = [Path(name) for name in re.findall(r"/\S*lib(?:gomp|iomp5|omp)\b\S*\.so\S*", lines)]
+    if not found:
+        raise KernelError("torch runs without an OpenMP library that kernels could share")
+    home = Path(torch.__file__).parent
+    return next((path for path in found if path.is_relative_to(home)), found[0])
 
 
 def _prepare(target: Target) -> None:

@@ -16,6 +16,7 @@ import sys
 sys.modules["tvm"] = None
 from pathlib import Path
 import torch
+import sklearn.linear_model  # maps an OpenMP library of its own
 from regraft.kernels import compiled
 from tests.kernels.test_compiled import LLVM, never
 compiled.search_path.append(Path({folder!r}))
