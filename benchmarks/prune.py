@@ -1,22 +1,34 @@
-"""Accuracy and perplexity of pruned models against what is left of them, beside simpler ways."""
+"""Accuracy of pruned classifiers against what is left of them, stage by stage, beside peers."""
 
 from __future__ import annotations
 
 import math
+import multiprocessing
+import os
 import random
 import statistics
+import tempfile
 import time
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import cache, lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from torch import Tensor
 
 import regraft
-from regraft.assets import python_docs, smollm2
+from regraft.benchmarks import torch_pruning
 from regraft.benchmarks.classifiers import SARCASM, TOPICS, Task, accuracy, batches, classifier
-from regraft.benchmarks.harness import Check, Result, environment, interleaved, progress
+from regraft.benchmarks.harness import Check, Result, environment, progress
 from regraft.passes import Prune
+from regraft.passes.fuse_linear import split_fused
+from regraft.passes.pruning.blocks import find
+from regraft.passes.pruning.fisher import gradients
+from regraft.passes.pruning.masks import Masks
+from regraft.passes.pruning.samples import samples
 
 BUDGETS, SEEDS, ROWS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3), (0, 1, 2), 2048
 STAGES: dict[str, dict[str, Any]] = {
@@ -28,167 +40,160 @@ STAGES: dict[str, dict[str, Any]] = {
     "random": {"score": "random", "tune": False},
     "fluctuation": {"score": "fluctuation", "tune": False},
 }
-BARS = {0.6: (1.0, 1.45), 0.5: (2.0, 1.7)}
-"""At a share of multiplications: the most points of accuracy lost, the least speed-up."""
-LENGTH, PIECE = 128, 512
+ONCE = ("magnitude", torch_pruning.NAME)
+"""Stages that do not depend on the seed, or hardly, and run with the first."""
+BARS = {0.6: 1.0, 0.5: 2.0}
+"""At a share of multiplications: the most points of accuracy lost."""
+T_975 = 4.303
+"""Student's t of two degrees of freedom: an interval of 95 % for a mean of three."""
 
 
 def run(quick: bool = False) -> Result:
-    """quick: the first set alone, one seed, 500 tests, two budgets, three stages; no perplexity."""
-    rows: list[dict[str, Any]] = []
-    checks: list[Check] = []
-    for task in (SARCASM,) if quick else (SARCASM, TOPICS):
-        found = _accuracies(task, quick)
-        rows += found
-        checks += _accuracy_checks(task, found)
-    model, tokenizer = classifier(SARCASM)
-    speed, speed_checks = _latencies(model, tokenizer, quick)
-    if not quick:
-        perplexity, more = _perplexities()
-        rows += perplexity
-        checks += more
-    flag = " --quick" if quick else ""
-    return Result(
-        f"regraft bench prune{flag}", environment(), rows, [*checks, *speed_checks], "",
-        {"latency": speed},
-    )  # fmt: skip
+    """quick: one seed, 500 tests, two budgets, three stages."""
+    return accuracies(SARCASM, "prune", quick)
 
 
-def _accuracies(task: Task, quick: bool) -> list[dict[str, Any]]:
-    """A row a stage and budget: mean drop in points over seeds, and half its interval of 95 %."""
-    model, tokenizer = classifier(task)
-    train, held_out = task.split()
-    tests = batches(tokenizer, held_out[: 500 if quick else None], task.length, 64)
-    seeds = SEEDS[:1] if quick else SEEDS
+def accuracies(task: Task, suite: str, quick: bool) -> Result:
+    """A row a stage and budget: mean points lost over seeds, and half its interval of 95 %.
+
+    Budgets and seeds run in processes of one thread, one a core.
+    """
     budgets = (0.6, 0.5) if quick else BUDGETS
-    stages = ["+ tune", "reconstruct", "magnitude"] if quick else list(STAGES)
-    dense = regraft.compile(model, target="reference")
-    right = accuracy(_call(dense), tests)
+    jobs = [(task, seed, b, quick) for seed in (SEEDS[:1] if quick else SEEDS) for b in budgets]
+    classifier(task)
+    workers = min(len(os.sched_getaffinity(0)), len(jobs))
+    spawn = multiprocessing.get_context("spawn")
+    found: dict[tuple[str, float], list[dict[str, float]]] = defaultdict(list)
+    with (
+        progress(f"prune {task.name}", len(jobs)) as stage,
+        ProcessPoolExecutor(workers, spawn, torch.set_num_threads, (1,)) as pool,
+    ):
+        for done in as_completed([pool.submit(_job, *job) for job in jobs]):
+            for name, budget, row in done.result():
+                found[name, budget].append(row)
+            stage("")
+    order = {name: i for i, name in enumerate([*STAGES, torch_pruning.NAME])}
+    rows = [
+        _summary(task, name, budget, found[name, budget])
+        for name, budget in sorted(found, key=lambda key: (order[key[0]], -key[1]))
+    ]
+    flag = " --quick" if quick else ""
+    made = Result(f"regraft bench {suite}{flag}", environment(), rows, _checks(task, rows))
+    made.environment["processes of one thread"] = workers
+    return made
+
+
+def _job(
+    task: Task, seed: int, budget: float, quick: bool
+) -> list[tuple[str, float, dict[str, float]]]:
+    model, tests, right = _dense(task, quick)
     rows = []
-    with progress(f"prune {task.name}", len(stages) * len(budgets) * len(seeds)) as stage:
-        for name in stages:
-            for budget in budgets:
-                drops, seconds, shares = [], [], []
-                for seed in seeds:
-                    stage(f"{name} {budget}")
-                    chosen = random.Random(seed).sample(train, ROWS)
-                    start = time.perf_counter()
-                    made = regraft.compile(
-                        model, [Prune(macs=budget, seed=seed, **STAGES[name])],
-                        calibration=batches(tokenizer, chosen, task.length), target="reference",
-                    )  # fmt: skip
-                    seconds.append(time.perf_counter() - start)
-                    kept = accuracy(_call(made), tests)
-                    drops.append(100 * (right.float().mean() - kept.float().mean()).item())
-                    shares.append(made.program.metadata["masks"].share)
-                rows.append(
-                    {
-                        "model": f"MiniLM {task.name}",
-                        "stage": name,
-                        "macs": budget,
-                        "kept": max(shares),
-                        "dense": right.float().mean().item(),
-                        "lost": statistics.mean(drops),
-                        "+-": 4.3 * statistics.stdev(drops) / 3**0.5 if len(drops) > 2 else None,
-                        "seconds": statistics.mean(seconds),
-                    }
-                )
+
+    def add(name: str, kept: float, hits: Tensor, seconds: float) -> None:
+        lost = 100 * (right.float().mean() - hits.float().mean()).item()
+        row = {"kept": kept, "lost": lost, "dense": right.float().mean().item()}
+        rows.append((name, budget, {**row, "seconds": seconds}))
+
+    stages = ["+ tune", "reconstruct", "magnitude"] if quick else list(STAGES)
+    for name in stages:
+        if name in ONCE and seed != SEEDS[0]:
+            continue
+        start = time.perf_counter()
+        masks = _masks(task, seed, Prune(macs=budget, seed=seed, **STAGES[name]))
+        seconds = time.perf_counter() - start
+        with tempfile.TemporaryDirectory() as folder:
+            masks.save(file := Path(folder, "masks.safetensors"))
+            made = regraft.compile(model, [Prune(masks=str(file))], target="reference")
+        add(name, masks.share, accuracy(classify(made), tests), seconds)
+    if seed == SEEDS[0] and not quick and torch_pruning.installed():
+        start = time.perf_counter()
+        peer, share = torch_pruning.pruned(model, _calibration(task, seed), budget)
+        seconds = time.perf_counter() - start
+        add(torch_pruning.NAME, share, accuracy(classify(peer), tests), seconds)
     return rows
 
 
-def _accuracy_checks(task: Task, rows: Sequence[dict[str, Any]]) -> list[Check]:
-    checks = []
-    for budget, (most, _) in BARS.items():
-        ours = [
-            row["lost"]
-            for row in rows
-            if row["macs"] == budget and row["stage"] in ("+ tune", "reconstruct")
-        ]
-        name = f"{task.name}: points lost at {budget} multiplications"
-        checks.append(Check.at_most(name, min(ours, default=None), most))
-    kept = max(row["kept"] / row["macs"] for row in rows)
-    least = min(row["kept"] / row["macs"] for row in rows)
-    checks.append(Check.at_most(f"{task.name}: kept / budget", kept, 1.0))
-    checks.append(Check.at_least(f"{task.name}: kept / budget, the least", least, 0.99))
-    slowest = max(row["seconds"] for row in rows)
-    checks.append(Check.at_most(f"{task.name}: seconds to prune, the slowest", slowest, 90))
-    return checks
+@cache
+def _dense(task: Task, quick: bool) -> tuple[Any, list[dict[str, Tensor]], Tensor]:
+    """The classifier, its tests, and which it gets right."""
+    model, tokenizer = classifier(task)
+    _, held_out = task.split()
+    tests = batches(tokenizer, held_out[: 500 if quick else None], task.length, 64)
+    return model, tests, accuracy(classify(regraft.compile(model, target="reference")), tests)
 
 
-def _call(compiled: Any) -> Any:
+@lru_cache(1)
+def _calibration(task: Task, seed: int) -> list[dict[str, Tensor]]:
+    _, tokenizer = classifier(task)
+    return batches(tokenizer, random.Random(seed).sample(task.split()[0], ROWS), task.length)
+
+
+@lru_cache(1)
+def _scored(task: Task, seed: int) -> tuple[Any, ...]:
+    """What all budgets share: the program, its blocks, samples and their gradients."""
+    model, _ = classifier(task)
+    program = regraft.compile(model, target="reference").program
+    split_fused(program)
+    blocks, _ = find(program)
+    found = samples(program, _calibration(task, seed), ROWS, seed)
+    return program, blocks, found, gradients(program, blocks, found, False, lambda _: None)
+
+
+def _masks(task: Task, seed: int, pruning: Prune) -> Masks:
+    program, blocks, found, gathered = _scored(task, seed)
+    given = gathered if pruning.score == "fisher" else None
+    return pruning.choose(program, blocks, found, lambda _: None, given)[0]
+
+
+def classify(model: Any) -> Any:
+    """The model's logits of ids, mask and types."""
     return lambda ids, mask, types: (
-        compiled(input_ids=ids, attention_mask=mask, token_type_ids=types).logits
+        model(input_ids=ids, attention_mask=mask, token_type_ids=types).logits
     )
 
 
-def _latencies(model: Any, tokenizer: Any, quick: bool) -> tuple[list[dict[str, Any]], list[Check]]:
-    """Speed-ups of the compiled model over the compiled dense one, in turn, medians."""
-    train, _ = SARCASM.split()
-    calibration = batches(tokenizer, random.Random(0).sample(train, 256), SARCASM.length)
-    variants = {1.0: regraft.compile(model)}
-    for budget in BARS:
-        pruning = Prune(macs=budget, sequence_length=LENGTH, tune=False)
-        variants[budget] = regraft.compile(model, [pruning], calibration=calibration)
-    rows, checks = [], []
-    for batch in (1, 32):
-        ids = torch.randint(
-            999, 20_000, (batch, LENGTH), generator=torch.Generator().manual_seed(0)
+def _summary(
+    task: Task, name: str, budget: float, found: Sequence[dict[str, float]]
+) -> dict[str, Any]:
+    lost = [row["lost"] for row in found]
+    spread = T_975 * statistics.stdev(lost) / math.sqrt(len(lost)) if len(lost) == 3 else None
+    return {
+        "model": f"MiniLM {task.name}",
+        "stage": name,
+        "macs": budget,
+        "kept": max(row["kept"] for row in found),
+        "dense": found[0]["dense"],
+        "lost": statistics.mean(lost),
+        "+-": spread,
+        "seeds": len(lost),
+        "seconds": statistics.median(row["seconds"] for row in found),
+    }
+
+
+def _checks(task: Task, rows: Sequence[dict[str, Any]]) -> list[Check]:
+    lost = {(row["stage"], row["macs"]): row["lost"] for row in rows}
+    ours = ("+ tune", "reconstruct")
+    checks = [
+        Check.at_most(
+            f"{task.name}: points lost at {budget}, {stage}", lost.get((stage, budget)), most
         )
-        calls = {
-            str(share): lambda made=made, ids=ids: made(input_ids=ids)
-            for share, made in variants.items()
-        }
-        seconds = interleaved(calls, 5 if quick else (60 if batch == 1 else 12))
-        median = {name: statistics.median(found) for name, found in seconds.items()}
-        for budget, (_, least) in BARS.items():
-            ratio = median["1.0"] / median[str(budget)]
-            rows.append({"macs": budget, "batch": batch, "speed-up": ratio})
-            name = f"speed-up at {budget}, batch {batch}, length {LENGTH}"
-            checks.append(Check.at_least(name, ratio, least))
-    return rows, checks
+        for budget, most in BARS.items()
+        for stage in ours
+    ]
+    checks += list(_steps(task, lost))
+    shares = [row["kept"] / row["macs"] for row in rows if row["stage"] in ours]
+    checks.append(Check.at_most(f"{task.name}: kept / budget", max(shares), 1.0))
+    checks.append(Check.at_least(f"{task.name}: kept / budget, the least", min(shares), 0.99))
+    return checks
 
 
-def _perplexities() -> tuple[list[dict[str, Any]], list[Check]]:
-    """SmolLM2 on Python's documentation: calibrated on its library, tested on its tutorial."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder = smollm2()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-
-    def pieces(part: str, count: int) -> list[torch.Tensor]:
-        files = sorted((python_docs() / part).glob("*.rst.txt"))
-        ids = tokenizer("\n".join(f.read_text() for f in files[:20]), return_tensors="pt")
-        return list(ids["input_ids"].split(PIECE, 1)[:count])
-
-    calibration, tests = pieces("library", 32), pieces("tutorial", 16)
-    dense = _perplexity(regraft.compile(model, target="reference"), tests)
-    rows, checks = [], []
-    for budget in (0.9, 0.8, 0.7):
-        for name in ("+ tune", "reconstruct", "magnitude", "fluctuation"):
-            start = time.perf_counter()
-            made = regraft.compile(
-                model, [Prune(macs=budget, **STAGES[name])], calibration=calibration,
-                target="reference",
-            )  # fmt: skip
-            seconds = time.perf_counter() - start
-            ratio = _perplexity(made, tests) / dense
-            kept = made.program.metadata["masks"].share
-            rows.append(
-                {
-                    "model": "SmolLM2, perplexity / dense", "stage": name, "macs": budget,
-                    "kept": kept, "dense": dense, "lost": ratio, "+-": None, "seconds": seconds,
-                }
-            )  # fmt: skip
-            if budget == 0.8 and name == "reconstruct":
-                checks.append(Check.at_most("SmolLM2 at 0.8: perplexity / dense", ratio, 1.35))
-    return rows, checks
+def _steps(task: Task, lost: dict[tuple[str, float], float]) -> Iterator[Check]:
+    """What each stage loses more than the one before, the mean over budgets."""
+    for before, after in (("search", "+ rearrange"), ("+ rearrange", "+ tune")):
+        more = [lost[after, b] - lost[before, b] for _, b in lost if (before, b) in lost]
+        if more:
+            name = f"{task.name}: points lost by {after.strip('+ ')}, mean over budgets"
+            yield Check.at_most(name, statistics.mean(more), 0.0)
 
 
-def _perplexity(compiled: Any, tests: Sequence[torch.Tensor]) -> float:
-    total, tokens = 0.0, 0
-    for ids in tests:
-        logits = compiled(ids).logits[0, :-1]
-        total += F.cross_entropy(logits.float(), ids[0, 1:], reduction="sum").item()
-        tokens += ids.shape[1] - 1
-    return math.exp(total / tokens)
+__all__ = ["SARCASM", "TOPICS", "accuracies", "classify", "run"]

@@ -102,7 +102,8 @@ class Prune(Pass):
                 masks = Masks.load(self.masks)
                 masks.fit(blocks)
             else:
-                masks, notes = self._chosen(program, blocks, context)
+                found = samples(program, context.calibration, self.samples, self.seed)
+                masks, notes = self.choose(program, blocks, found, context.tell)
                 skipped += notes
             cut(program, blocks, masks.cuts)
             program.metadata["masks"] = masks
@@ -112,23 +113,28 @@ class Prune(Pass):
                 FuseLinear().apply(program, context)
         return PassResult(len(blocks), tuple(skipped), masks.picture())
 
-    def _chosen(
-        self, program: Program, blocks: Sequence[Block], context: Context
+    def choose(
+        self,
+        program: Program,
+        blocks: Sequence[Block],
+        found: Sequence[Sample],
+        tell: Callable[[str], None],
+        gathered: Gradients | None = None,
     ) -> tuple[Masks, list[tuple[str, str]]]:
+        """What to keep of the blocks, and which blocks could not be fitted and why.
+
+        gathered: ``gradients`` of the same samples, where several budgets share them.
+        """
         seconds: dict[str, float] = {}
-        found = samples(program, context.calibration, self.samples, self.seed)
-        default = _length(blocks)
-        tokens = float(self.sequence_length or mean_length(found, default))
-        gathered: Gradients | None = None
+        tokens = float(self.sequence_length or mean_length(found, _length(blocks)))
         with _clock(seconds, "scores"):
-            if self.score == "fisher":
-                labelled = self.labels
-                gathered = gradients(program, blocks, found, labelled, context.tell)
-                importance = [g.square().mean(0) for g in gathered.units]
+            if self.score != "fisher":
+                importance = self._scores(program, blocks, found, tokens, tell)
             else:
-                importance = self._scores(program, blocks, found, tokens, context.tell)
+                gathered = gathered or gradients(program, blocks, found, self.labels, tell)
+                importance = [g.square().mean(0) for g in gathered.units]
         with _clock(seconds, "search"):
-            kept = self._search(program, blocks, importance, tokens, context.tell)
+            kept = self._search(program, blocks, importance, tokens, tell)
         if self.rearrange and gathered is not None:
             with _clock(seconds, "rearrange"):
                 pairs = zip(gathered.units, kept, strict=True)
@@ -136,10 +142,10 @@ class Prune(Pass):
         cuts, notes = [Cut(units) for units in kept], []
         if self.tune or self.method == "reconstruct":
             method = "tune" if self.method == "fisher" else self.method
-            reached = gathered.reached if gathered is not None else None
+            tokens_of = gathered.tokens if gathered is not None else None
             with _clock(seconds, method):
-                cuts, notes = refit(program, blocks, kept, found, reached, method, context.tell)
-        return Masks.of(blocks, cuts, tokens, seconds=seconds), notes
+                cuts, notes = refit(program, blocks, kept, found, tokens_of, method, tell)
+        return Masks.of(blocks, [one.cpu() for one in cuts], tokens, seconds=seconds), notes
 
     def _scores(
         self,

@@ -20,10 +20,11 @@ from regraft.program import Program, RegraftError
 @dataclass(frozen=True, eq=False)
 class Gradients:
     """For each block the gradients of each row's loss to the masks, float32 [rows, units], and for
-    each sample and block which tokens the loss depends on, bool [rows, length]."""
+    each sample and block how much the loss depends on each token: the squared norm of its gradient,
+    [rows, length]."""
 
     units: list[Tensor]
-    reached: list[list[Tensor]]
+    tokens: list[list[Tensor]]
 
 
 def gradients(
@@ -41,7 +42,7 @@ def gradients(
     logits, of the squared error).
     """
     units: list[list[Tensor]] = [[] for _ in blocks]
-    reached: list[list[Tensor]] = []
+    tokens: list[list[Tensor]] = []
     generator = torch.Generator().manual_seed(0)
     for index, sample in enumerate(found):
         tell(f"gradients {index + 1} of {len(found)}")
@@ -62,21 +63,21 @@ def gradients(
         if nothing:
             raise RegraftError(f"the loss does not depend on {nothing[0]}: calibrate with labels")
         for block, store in zip(blocks, units, strict=True):
-            store.append(seen[block][0])
-        reached.append([seen[block][1] for block in blocks])
-    return Gradients([torch.cat(store) for store in units], reached)
+            store.append(seen[block][0].cpu())
+        tokens.append([seen[block][1] for block in blocks])
+    return Gradients([torch.cat(store) for store in units], tokens)
 
 
 def _summed(block: Block, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients to masks of units [rows, units], and which tokens have any [rows, length]."""
+    """Gradients to masks of units [rows, units], and squared norms of tokens' [rows, length]."""
     product = x.detach() * gradient
-    used = gradient.abs().amax(-1) > 0
+    norms = gradient.float().square().sum(-1)
     if product.dim() > 2:
-        product, used = product.flatten(1, -2).sum(1), used.flatten(1)
+        product, norms = product.flatten(1, -2).sum(1), norms.flatten(1)
     else:
-        used = used[:, None]
+        norms = norms[:, None]
     product = product.float()
-    return product.unflatten(-1, (block.units, block.width)).sum(-1), used
+    return product.unflatten(-1, (block.units, block.width)).sum(-1), norms
 
 
 def _loss(

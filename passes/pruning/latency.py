@@ -76,13 +76,14 @@ def inputs(program: Program, batch: int, tokens: int) -> tuple[Tensor, ...]:
         sizes = {"batch_size": batch, "past_sequence_length": 0}
         shape = [n if isinstance(n, int) else sizes.get(n, tokens) for n in spec.shape]
         if example.is_floating_point():
-            made.append(torch.zeros(shape, dtype=example.dtype))
+            made.append(torch.zeros(shape, dtype=example.dtype, device=example.device))
         elif "mask" in spec.name:
-            made.append(torch.ones(shape, dtype=example.dtype))
+            made.append(torch.ones(shape, dtype=example.dtype, device=example.device))
         elif spec.role == "positions":
-            made.append(torch.arange(shape[-1]).expand(shape).contiguous())
+            places = torch.arange(shape[-1], device=example.device)
+            made.append(places.expand(shape).contiguous())
         else:
-            made.append(torch.zeros(shape, dtype=example.dtype))
+            made.append(torch.zeros(shape, dtype=example.dtype, device=example.device))
     return tuple(made)
 
 
@@ -106,6 +107,8 @@ def timings(
             for name, run in variants.items():
                 start = time.perf_counter()
                 run(given)
+                if given[0].is_cuda:
+                    torch.cuda.synchronize()
                 if turn:
                     samples[name].append(time.perf_counter() - start)
     except (RuntimeError, IndexError) as error:

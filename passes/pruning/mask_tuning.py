@@ -24,5 +24,5 @@ def tuned(
         parts = len(right) // width
         gram = gram.view(parts, width, parts, width).sum((1, 3))
         right = right.view(parts, width).sum(1)
-    ones = torch.ones(len(right), dtype=w.dtype)
+    ones = torch.ones_like(right)
     return (ones + ridge(gram, right - gram @ ones, strength)).float()

@@ -34,15 +34,17 @@ def refit(
     blocks: Sequence[Block],
     kept: Sequence[Tensor],
     found: Sequence[Sample],
-    reached: Sequence[Sequence[Tensor]] | None,
+    tokens: Sequence[Sequence[Tensor]] | None,
     method: str,
     tell: Callable[[str], None],
 ) -> tuple[list[Cut], list[tuple[str, str]]]:
     """The cuts with tuned masks ("tune") or refitted weights ("reconstruct"), and why not.
 
     Each layer's aim is what the dense model has after it, residual included; what enters is what
-    the layers before leave. Tokens on which the loss does not depend (``reached``) do not count.
-    The model as it is and the one that is made run side by side, once.
+    the layers before leave. Of ``tokens``, squared gradients [rows, length] of each sample and
+    block, those that are 0 do not count, and for "reconstruct" each counts by its own: many
+    parameters would else be spent on tokens that hardly matter. The model as it is and the one that
+    is made run side by side, once.
     """
     chosen = _some(found)
     edits: dict[fx.Node, Any] = {}
@@ -59,11 +61,12 @@ def refit(
         index_of = columns(block, units)
         for place, index in enumerate(chosen):
             real = found[index].real
-            used = None if reached is None else reached[index][turn]
+            norms = None if tokens is None else tokens[index][turn]
             with torch.no_grad():
                 x, y = _aim(block, teachers[place], students[place], index_of)
-                x, y = _tokens(x, real, used), _tokens(y, real, used)
-            (check if place % CHECKED == CHECKED - 1 else fitted).add(x, y)
+                x, y, weight = _counted(x, y, real, norms)
+            weight = weight if method == "reconstruct" else None
+            (check if place % CHECKED == CHECKED - 1 else fitted).add(x, y, weight)
         made, why = _fit(program, block, units, fitted, check, method)
         cuts.append(made)
         if why:
@@ -92,14 +95,19 @@ def _aim(block: Block, teacher: Runner, student: Runner, index: Tensor) -> tuple
     return left[source][..., index], y
 
 
-def _tokens(x: Tensor, *masks: Tensor | None) -> Tensor:
-    """The tokens [n, features] that count."""
-    rows = x[:, None] if x.dim() == 2 else x.flatten(1, -2)
-    seen = torch.ones(rows.shape[:2], dtype=torch.bool)
-    for mask in masks:
-        if mask is not None and mask.shape == seen.shape:
-            seen = seen & mask
-    return rows[seen]
+def _counted(
+    x: Tensor, y: Tensor, real: Tensor | None, norms: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The tokens [n, features] that count, and by how much [n], in the mean 1."""
+    x, y = (z[:, None] if z.dim() == 2 else z.flatten(1, -2) for z in (x, y))
+    seen = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+    if real is not None and real.shape == seen.shape:
+        seen = seen & real
+    if norms is None or norms.shape != seen.shape:
+        return x[seen], y[seen], None
+    seen = seen & (norms > 0)
+    weight = norms[seen]
+    return x[seen], y[seen], weight / weight.mean()
 
 
 def _reading(index: Tensor, weight: Tensor, bias: Tensor | None) -> Callable[..., tuple]:

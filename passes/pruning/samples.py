@@ -43,16 +43,18 @@ def samples(program: Program, calibration: Sequence[Any], limit: int, seed: int)
     """
     if not calibration:
         raise RegraftError("Prune needs calibration=: batches of inputs, some 2,000 rows")
+    device = program.examples[0].device if program.examples else torch.device("cpu")
     if is_decoder(program):
-        found = [_decoder_sample(program, ids) for ids in pieces(calibration, None)]
+        found = [_decoder_sample(program, ids.to(device)) for ids in pieces(calibration, None)]
     else:
-        found = [_sample(program, batch) for batch in calibration]
+        found = [_sample(program, batch, device) for batch in calibration]
     total = sum(sample.rows for sample in found)
     if total <= limit:
         return found
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.zeros(total, dtype=torch.bool)
     chosen[torch.randperm(total, generator=generator)[:limit]] = True
+    chosen = chosen.to(device)
     parts = zip(found, chosen.split([sample.rows for sample in found]), strict=True)
     return [_trimmed(_rows_of(sample, mask)) for sample, mask in parts if mask.any()]
 
@@ -65,7 +67,7 @@ def mean_length(found: Sequence[Sample], default: float) -> float:
     return tokens / sum(sample.rows for sample in found)
 
 
-def _sample(program: Program, batch: Any) -> Sample:
+def _sample(program: Program, batch: Any, device: torch.device) -> Sample:
     names = [spec.name for spec in program.inputs]
     if torch.is_tensor(batch) and len(names) == 1:
         batch = {names[0]: batch}
@@ -84,15 +86,16 @@ def _sample(program: Program, batch: Any) -> Sample:
                 f"calibration's {spec.name} is {value.dtype} {list(value.shape)}, the model takes "
                 f"{spec.dtype} [{', '.join(map(str, spec.shape))}]"
             )
-        given.append(value)
+        given.append(value.to(device))
     mask = dict(zip(names, given, strict=True)).get("attention_mask")
     real = None if mask is None or mask.dim() != 2 else mask.bool()
-    return Sample(tuple(given), real, batch.get("labels"))
+    labels = batch.get("labels")
+    return Sample(tuple(given), real, None if labels is None else labels.to(device))
 
 
 def _decoder_sample(program: Program, ids: Tensor) -> Sample:
     batch, length = ids.shape
-    places = torch.arange(length)
+    places = torch.arange(length, device=ids.device)
     known = {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
@@ -103,7 +106,7 @@ def _decoder_sample(program: Program, ids: Tensor) -> Sample:
     for spec in program.inputs:
         if spec.name not in known:
             shape = [sizes.get(n, n) for n in spec.shape]
-            known[spec.name] = torch.zeros(shape, dtype=spec.dtype)  # type: ignore[arg-type]
+            known[spec.name] = ids.new_zeros(shape, dtype=spec.dtype)  # type: ignore[arg-type]
     labels = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], -100)], 1)
     inputs = tuple(known[spec.name] for spec in program.inputs)
     return Sample(inputs, torch.ones_like(ids, dtype=torch.bool), labels)

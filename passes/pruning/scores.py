@@ -28,7 +28,7 @@ def magnitude(program: Program, blocks: Sequence[Block]) -> list[Tensor]:
         for linear, _ in block.inputs:
             parts.append(weights(program, linear)[0].square().view(block.units, -1).sum(1))
         for part in parts:
-            total += part / part.mean()
+            total += (part / part.mean()).cpu()
         found.append(total)
     return found
 
@@ -75,7 +75,7 @@ def fluctuation(
         score = (variance * norm).view(block.units, -1).mean(1)
         scores.append((score - score.mean()) / score.std().clamp(min=1e-12))
     low = min(float(score.min()) for score in scores)
-    return [(score - low).float() for score in scores]
+    return [(score - low).float().cpu() for score in scores]
 
 
 def _add(sums: Moments, x: Tensor) -> None:

@@ -28,14 +28,20 @@ class Cut:
     weight: Tensor | None = None
     bias: Tensor | None = None
 
+    def cpu(self) -> Cut:
+        """The same in main memory."""
+        return Cut(*(None if x is None else x.cpu() for x in vars(self).values()))  # type: ignore[arg-type]
+
     def reading(self, program: Program, block: Block) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of the layer that reads what is kept."""
-        if self.weight is not None:
-            return self.weight, self.bias
         weight, bias = weights(program, block.output)
+        if self.weight is not None:
+            made = self.weight.to(weight.device)
+            return made, None if self.bias is None else self.bias.to(weight.device)
         weight = weight[:, columns(block, self.kept)]
         if self.scale is not None:
-            weight = weight * self.scale.repeat_interleave(block.width // block.parts)
+            scale = self.scale.to(weight.device)
+            weight = weight * scale.repeat_interleave(block.width // block.parts)
         return weight, bias
 
 
