@@ -12,4 +12,7 @@ SUITES = {
     "onnx-import": "regraft.benchmarks.onnx_import",
     "onnx-files": "regraft.benchmarks.onnx_files",
     "prune": "regraft.benchmarks.prune",
+    "prune-topics": "regraft.benchmarks.prune_topics",
+    "prune-latency": "regraft.benchmarks.prune_latency",
+    "prune-lm": "regraft.benchmarks.prune_lm",
 }

@@ -37,7 +37,8 @@ class Check:
 
 @dataclass
 class Result:
-    """Rows share their keys. ``chart`` names the column to plot; ``extra`` joins the JSON."""
+    """Rows share their keys. ``chart`` names the column to plot as bars, or ``curves`` those of x,
+    y and what tells the curves apart, y by matplotlib's ``scale``; ``extra`` joins the JSON."""
 
     command: str
     environment: dict[str, Any]
@@ -45,6 +46,8 @@ class Result:
     checks: list[Check]
     chart: str = ""
     extra: dict[str, Any] = field(default_factory=dict)
+    curves: tuple[str, str, str] | None = None
+    scale: str = "linear"
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -81,7 +84,7 @@ class Result:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(self.to_json() + "\n")
         path.with_suffix(".md").write_text(self.to_markdown())
-        if self.chart:
+        if self.chart or self.curves:
             self._plot(path.with_suffix(".png"))
 
     def _plot(self, path: Path) -> None:
@@ -89,14 +92,32 @@ class Result:
             from matplotlib.figure import Figure
         except ImportError:
             return
+        if self.curves:
+            figure = Figure(figsize=(8, 5), layout="constrained")
+            self._draw_curves(figure.add_subplot(), *self.curves)
+        else:
+            figure = Figure(figsize=(8, 1 + 0.3 * len(self.rows)), layout="constrained")
+            self._draw_bars(figure.add_subplot())
+        figure.savefig(path, dpi=120)
+
+    def _draw_curves(self, axes: Any, x: str, y: str, series: str) -> None:
+        for name in dict.fromkeys(row[series] for row in self.rows):
+            rows = [row for row in self.rows if row[series] == name and row.get(y) is not None]
+            spread = [row.get("+-") or 0 for row in rows]
+            axes.errorbar(
+                [row[x] for row in rows], [row[y] for row in rows], spread,
+                marker="o", capsize=3, label=name,
+            )  # fmt: skip
+        axes.set(xlabel=x, ylabel=y, yscale=self.scale)
+        axes.grid(alpha=0.3)
+        axes.legend()
+
+    def _draw_bars(self, axes: Any) -> None:
         rows = [row for row in self.rows if row.get(self.chart) is not None][::-1]
         keys = [key for key in self.rows[0] if key in ("model", "test", "depth", "stage")]
         labels = [" ".join(str(row[key]) for key in keys) for row in rows]
-        figure = Figure(figsize=(8, 1 + 0.3 * len(rows)), layout="constrained")
-        axes = figure.add_subplot()
         axes.barh(labels, [row[self.chart] for row in rows])
         axes.set_xlabel(self.chart)
-        figure.savefig(path, dpi=120)
 
 
 def _table(rows: list[dict[str, Any]]) -> str:

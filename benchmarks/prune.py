@@ -21,7 +21,7 @@ from torch import Tensor
 
 import regraft
 from regraft.benchmarks import torch_pruning
-from regraft.benchmarks.classifiers import SARCASM, TOPICS, Task, accuracy, batches, classifier
+from regraft.benchmarks.classifiers import SARCASM, Task, accuracy, batches, classifier
 from regraft.benchmarks.harness import Check, Result, environment, progress
 from regraft.passes import Prune
 from regraft.passes.fuse_linear import split_fused
@@ -44,6 +44,7 @@ ONCE = ("magnitude", torch_pruning.NAME)
 """Stages that do not depend on the seed, or hardly, and run with the first."""
 BARS = {0.6: 1.0, 0.5: 2.0}
 """At a share of multiplications: the most points of accuracy lost."""
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 T_975 = 4.303
 """Student's t of two degrees of freedom: an interval of 95 % for a mean of three."""
 
@@ -78,7 +79,10 @@ def accuracies(task: Task, suite: str, quick: bool) -> Result:
         for name, budget in sorted(found, key=lambda key: (order[key[0]], -key[1]))
     ]
     flag = " --quick" if quick else ""
-    made = Result(f"regraft bench {suite}{flag}", environment(), rows, _checks(task, rows))
+    made = Result(
+        f"regraft bench {suite}{flag}", environment(), rows, _checks(task, rows),
+        curves=("macs", "points lost", "stage"), scale="symlog",
+    )  # fmt: skip
     made.environment["processes of one thread"] = workers
     return made
 
@@ -114,24 +118,35 @@ def _job(
 
 
 @cache
+def _classifier(task: Task) -> tuple[Any, Any]:
+    model, tokenizer = classifier(task)
+    return model.to(DEVICE), tokenizer
+
+
+def _moved(found: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    return [{name: x.to(DEVICE) for name, x in batch.items()} for batch in found]
+
+
+@cache
 def _dense(task: Task, quick: bool) -> tuple[Any, list[dict[str, Tensor]], Tensor]:
     """The classifier, its tests, and which it gets right."""
-    model, tokenizer = classifier(task)
+    model, tokenizer = _classifier(task)
     _, held_out = task.split()
-    tests = batches(tokenizer, held_out[: 500 if quick else None], task.length, 64)
+    tests = _moved(batches(tokenizer, held_out[: 500 if quick else None], task.length, 64))
     return model, tests, accuracy(classify(regraft.compile(model, target="reference")), tests)
 
 
 @lru_cache(1)
 def _calibration(task: Task, seed: int) -> list[dict[str, Tensor]]:
-    _, tokenizer = classifier(task)
-    return batches(tokenizer, random.Random(seed).sample(task.split()[0], ROWS), task.length)
+    _, tokenizer = _classifier(task)
+    chosen = random.Random(seed).sample(task.split()[0], ROWS)
+    return _moved(batches(tokenizer, chosen, task.length))
 
 
 @lru_cache(1)
 def _scored(task: Task, seed: int) -> tuple[Any, ...]:
     """What all budgets share: the program, its blocks, samples and their gradients."""
-    model, _ = classifier(task)
+    model, _ = _classifier(task)
     program = regraft.compile(model, target="reference").program
     split_fused(program)
     blocks, _ = find(program)
@@ -163,7 +178,7 @@ def _summary(
         "macs": budget,
         "kept": max(row["kept"] for row in found),
         "dense": found[0]["dense"],
-        "lost": statistics.mean(lost),
+        "points lost": statistics.mean(lost),
         "+-": spread,
         "seeds": len(lost),
         "seconds": statistics.median(row["seconds"] for row in found),
@@ -171,7 +186,7 @@ def _summary(
 
 
 def _checks(task: Task, rows: Sequence[dict[str, Any]]) -> list[Check]:
-    lost = {(row["stage"], row["macs"]): row["lost"] for row in rows}
+    lost = {(row["stage"], row["macs"]): row["points lost"] for row in rows}
     ours = ("+ tune", "reconstruct")
     checks = [
         Check.at_most(
@@ -194,6 +209,3 @@ def _steps(task: Task, lost: dict[tuple[str, float], float]) -> Iterator[Check]:
         if more:
             name = f"{task.name}: points lost by {after.strip('+ ')}, mean over budgets"
             yield Check.at_most(name, statistics.mean(more), 0.0)
-
-
-__all__ = ["SARCASM", "TOPICS", "accuracies", "classify", "run"]

@@ -50,7 +50,8 @@ def gradients(
 
         def watch(block: Block, *args: Any, seen: Any = seen) -> tuple[Any, ...]:
             x = args[0] if args[0].requires_grad else args[0].detach().requires_grad_()
-            x.register_hook(lambda gradient: seen.update({block: _summed(block, x, gradient)}))
+            read = x.detach()  # a hook that held x would keep the sample's whole graph alive
+            x.register_hook(lambda gradient: seen.update({block: _summed(block, read, gradient)}))
             return (x, *args[1:])
 
         edits: dict[fx.Node, Any] = {
@@ -70,7 +71,7 @@ def gradients(
 
 def _summed(block: Block, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients to masks of units [rows, units], and squared norms of tokens' [rows, length]."""
-    product = x.detach() * gradient
+    product = x * gradient
     norms = gradient.float().square().sum(-1)
     if product.dim() > 2:
         product, norms = product.flatten(1, -2).sum(1), norms.flatten(1)

@@ -265,3 +265,21 @@ def test_query_groups_stay_whole():
     for spec in made.program.inputs:
         if spec.role == "cache":
             assert 1 <= spec.shape[1] <= 4
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("settings", [{"method": "reconstruct"}, {}, {"score": "fluctuation"}])
+def test_models_on_a_gpu_are_pruned_there(bert, settings, tmp_path):
+    try:
+        calibration = rows()
+        dense = pruned(bert, calibration, macs=0.6, round_to=4, **settings).program
+        inputs, expected = dense.examples, dense(*dense.examples)[0]
+        made = pruned(bert.cuda(), calibration, macs=0.6, round_to=4, **settings).program
+        regraft.save_masks(made, tmp_path / "m")
+        again = pruned(bert, None, masks=str(tmp_path / "m")).program
+        outputs = [p(*(x.cuda() for x in inputs))[0] for p in (made, again)]
+    finally:
+        bert.cpu()
+    assert torch.equal(*outputs)
+    assert all(x.is_cuda for x in outputs)
+    torch.testing.assert_close(outputs[0].cpu(), expected, atol=1e-3, rtol=0)
