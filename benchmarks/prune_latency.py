@@ -51,12 +51,15 @@ def run(quick: bool = False) -> Result:
         pruning = Prune(latency=SHARE, sequence_length=LENGTH, tune=False)
         by_time = regraft.compile(model, [pruning], calibration=calibration[:8])
         stage("measuring")
-        rows = _rows(variants, lost, quick)
+        rows, error = _rows(variants, lost, quick)
         reached = _medians({"dense": dense, "cut": by_time}, 1, quick)
     checks = _checks(rows)
     share = reached["cut"] / reached["dense"]
     checks.append(Check.at_most(f"share of time for latency={SHARE}", share, 1.05 * SHARE))
     checks.append(Check.at_least(f"share of time for latency={SHARE}", share, 0.95 * SHARE))
+    checks.append(
+        Check.at_most("onnxruntime: largest difference over the largest output", error, 1e-4)
+    )
     checks.append(Check.at_most("seconds to prune, the slowest", max(seconds), SECONDS))
     flag = " --quick" if quick else ""
     return Result(
@@ -65,13 +68,17 @@ def run(quick: bool = False) -> Result:
     )  # fmt: skip
 
 
-def _rows(variants: dict[float, Any], lost: dict[float, float], quick: bool) -> list[dict]:
-    """Speed-ups over the dense model, variants in turn, medians, of both ways to run."""
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        stock = {
-            budget: _onnx(made, Path(folder, str(budget))) for budget, made in variants.items()
-        }
+def _rows(
+    variants: dict[float, Any], lost: dict[float, float], quick: bool
+) -> tuple[list[dict[str, Any]], float]:
+    """Speed-ups over the dense model, variants in turn, medians, of both ways to run, and the
+    largest error of those exported."""
+    rows, errors, stock = [], [], {}
+    with tempfile.TemporaryDirectory() as parent:
+        for budget, made in variants.items():
+            exported = made.export_onnx(folder := Path(parent, str(budget)))
+            errors += exported.errors.values()
+            stock[budget] = _stock(folder)
         for name, calls in (("compiled", variants), ("onnxruntime", stock)):
             for batch in BATCHES:
                 median = _medians(calls, batch, quick)
@@ -85,7 +92,7 @@ def _rows(variants: dict[float, Any], lost: dict[float, float], quick: bool) -> 
                             "points lost": lost[budget],
                         }
                     )
-    return rows
+    return rows, max(errors)
 
 
 def _medians(calls: dict[Any, Any], batch: int, quick: bool) -> dict[Any, float]:
@@ -96,11 +103,10 @@ def _medians(calls: dict[Any, Any], batch: int, quick: bool) -> dict[Any, float]
     return {key: statistics.median(seconds[str(key)]) for key in calls}
 
 
-def _onnx(made: Any, folder: Path) -> Callable[..., Any]:
+def _stock(folder: Path) -> Callable[..., Any]:
     """A call of the exported model on stock onnxruntime, as many threads as torch's."""
     import onnxruntime
 
-    made.export_onnx(folder)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(folder / "model.onnx", options)
