@@ -196,6 +196,16 @@ def test_moments_know_the_error_and_the_least_squares():
     assert moments.error(weight, None) == pytest.approx(error, rel=1e-4)
 
 
+def test_weights_of_rows_count_like_repetitions():
+    x, y = torch.randn(6, 4, generator=GENERATOR), torch.randn(6, 2, generator=GENERATOR)
+    counts = torch.tensor([3, 1, 0, 2, 0, 0])
+    weighted, repeated = Moments(), Moments()
+    weighted.add(x, y, counts.float())
+    repeated.add(x.repeat_interleave(counts, 0), y.repeat_interleave(counts, 0))
+    for one, other in zip(vars(weighted).values(), vars(repeated).values(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_labels_are_used_and_needed(bert):
     made = pruned(bert, rows(labels=True), macs=0.6, labels=True, tune=False)
     assert made.program.metadata["masks"].share <= 0.6
