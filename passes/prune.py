@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,10 +21,12 @@ from regraft.passes.pruning.blocks import Block, find
 from regraft.passes.pruning.fisher import Gradients, gradients
 from regraft.passes.pruning.latency import Latency
 from regraft.passes.pruning.masks import Masks
+from regraft.passes.pruning.ranks import Ranks
 from regraft.passes.pruning.refit import refit
 from regraft.passes.pruning.samples import Sample, mean_length, samples
 from regraft.passes.pruning.search import rearranged, search
 from regraft.passes.pruning.slicing import Cut, cut
+from regraft.passes.raise_linear import RaiseLinear
 from regraft.program import Program, RegraftError
 from regraft.program.program import source_of
 
@@ -40,7 +43,8 @@ class Prune(Pass):
     macs: the share of the blocks' multiplications to keep, at ``sequence_length`` tokens (None:
     the mean of the calibration data); or latency: the share of the program's time, measured here
     at ``batch`` rows of that length. Units are attention heads (with grouped keys, all heads that
-    share one) and filters of feed-forward layers, these in multiples of ``round_to``.
+    share one; ``query_heads``, or where all heads share one: heads, as many of each group) and
+    filters of feed-forward layers, these in multiples of ``round_to``.
 
     Up to ``samples`` rows of calibration, drawn by ``seed``, tell what each unit counts for (its
     diagonal Fisher information; labels=True: of the batches' labels, else of the model's own
@@ -61,6 +65,7 @@ class Prune(Pass):
     rearrange: bool = True
     tune: bool = True
     round_to: int = 16
+    query_heads: bool = False
     batch: int = 1
     seed: int = 0
     masks: str | None = None
@@ -93,13 +98,16 @@ class Prune(Pass):
         if program.prefill is not None:
             raise RegraftError("Prune: models with recurrent layers are not pruned yet")
         _refuse_dropout(program)
+        RaiseLinear().apply(program, context)
         fused = split_fused(program)
         try:
-            blocks, skipped = find(program)
+            loaded = None if self.masks is None else Masks.load(self.masks)
+            query_heads = self.query_heads if loaded is None else loaded.query_heads
+            blocks, skipped = find(program, query_heads)
             if not blocks:
                 return PassResult(0, tuple(skipped))
-            if self.masks is not None:
-                masks = Masks.load(self.masks)
+            if loaded is not None:
+                masks = loaded
                 masks.fit(blocks)
             else:
                 masks, notes = self._chosen(program, blocks, context)
@@ -127,12 +135,15 @@ class Prune(Pass):
                 importance = [g.square().mean(0) for g in gathered.units]
             else:
                 importance = self._scores(program, blocks, found, tokens, context.tell)
+        ranks = [Ranks(block, x) for block, x in zip(blocks, importance, strict=True)]
         with _clock(seconds, "search"):
-            kept = self._search(program, blocks, importance, tokens, context.tell)
+            summed = [r.sums(x) for r, x in zip(ranks, importance, strict=True)]
+            chosen = self._search(program, blocks, ranks, summed, tokens, context.tell)
         if self.rearrange and gathered is not None:
             with _clock(seconds, "rearrange"):
-                pairs = zip(gathered.units, kept, strict=True)
-                kept = [rearranged(gradient, units) for gradient, units in pairs]
+                triples = zip(ranks, gathered.units, chosen, strict=True)
+                chosen = [rearranged(r.sums(gradient), kept) for r, gradient, kept in triples]
+        kept = [r.units(some) for r, some in zip(ranks, chosen, strict=True)]
         cuts, notes = [Cut(units) for units in kept], []
         if self.tune or self.method == "reconstruct":
             method = "tune" if self.method == "fisher" else self.method
@@ -162,32 +173,39 @@ class Prune(Pass):
         self,
         program: Program,
         blocks: Sequence[Block],
+        ranks: Sequence[Ranks],
         importance: Sequence[Tensor],
         tokens: float,
         tell: Callable[[str], None],
     ) -> list[Tensor]:
+        """The ranks to keep of each block."""
+
+        def found(cost: Callable[[int, int], float], budget: float) -> list[Tensor]:
+            def of_ranks(i: int, n: int) -> float:
+                return cost(i, n * blocks[i].groups)
+
+            return search([r.block for r in ranks], importance, of_ranks, budget, self.round_to)
+
         if self.latency is None:
             assert self.macs is not None
-            each = [block.macs(tokens) for block in blocks]
-            whole = sum(cost * block.units for cost, block in zip(each, blocks, strict=True))
-            return search(
-                blocks, importance, lambda i, n: each[i] * n, self.macs * whole, self.round_to
-            )
-        measured = Latency(program, self.batch, round(tokens), tell)
-        aim = self.latency
-        for _ in range(TRIES):
-            budget = aim * measured.dense - measured.rest
-            if budget <= 0:
-                least = measured.rest / measured.dense
-                raise RegraftError(
-                    f"Prune(latency={self.latency}): the least that can be reached is {least:.2f}"
-                )
-            kept = search(blocks, importance, measured.of, budget, self.round_to)
-            share = measured.share(kept)
+            whole = sum(block.cost(block.units, tokens) for block in blocks)
+            return found(lambda i, n: blocks[i].cost(n, tokens), self.macs * whole)
+        measured = Latency(program, blocks, self.batch, round(tokens), tell)
+        least = 1.01 * measured.least(self.round_to)
+        aim, tries = self.latency, []
+        while len(tries) < TRIES and (budget := aim * measured.dense - measured.rest) > least:
+            kept = found(measured.of, budget)
+            share = measured.share([r.units(some) for r, some in zip(ranks, kept, strict=True)])
+            tries.append((share > self.latency, abs(share - self.latency), kept))
             if 0.97 * self.latency <= share <= self.latency:
                 break
             aim *= 0.985 * self.latency / share
-        return kept
+        if not tries:
+            percent = math.ceil(100 * (least + measured.rest) / measured.dense)
+            raise RegraftError(
+                f"Prune(latency={self.latency}): the least that can be reached is {percent / 100}"
+            )
+        return min(tries, key=lambda one: one[:2])[2]
 
 
 def _refuse_dropout(program: Program) -> None:
