@@ -23,7 +23,7 @@ from regraft.passes.pruning.latency import Latency
 from regraft.passes.pruning.masks import Masks
 from regraft.passes.pruning.ranks import Ranks
 from regraft.passes.pruning.refit import refit
-from regraft.passes.pruning.samples import Sample, mean_length, samples
+from regraft.passes.pruning.samples import Sample, is_decoder, mean_length, samples
 from regraft.passes.pruning.search import rearranged, search
 from regraft.passes.pruning.slicing import Cut, cut
 from regraft.passes.raise_linear import RaiseLinear
@@ -98,6 +98,10 @@ class Prune(Pass):
         if program.prefill is not None:
             raise RegraftError("Prune: models with recurrent layers are not pruned yet")
         _refuse_dropout(program)
+        roles = {spec.role for spec in program.inputs}
+        if "cache" in roles and not is_decoder(program):
+            why = "the decoder of an encoder-decoder: no calibration gives its inputs"
+            return PassResult(0, (("decoder", why),))
         RaiseLinear().apply(program, context)
         fused = split_fused(program)
         try:

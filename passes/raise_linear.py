@@ -38,7 +38,7 @@ def _is_vector(bias: fx.Node) -> bool:
 
 def _raise(program: Program, node: fx.Node, bias: fx.Node, x: fx.Node, weight: fx.Node) -> None:
     graph, module = program.graph, program.graph_module
-    name = f"{weight.target}_transposed"
+    name = f"{str(weight.target).removesuffix('_weight')}_transposed"
     turned = torch.nn.Parameter(getattr(module, str(weight.target)).detach().t(), False)
     setattr(module, name, turned)
     source, results = _unfolded(node, x)
