@@ -17,7 +17,7 @@ from torch import Tensor
 from regraft.passes.base import Context, Pass, PassResult
 from regraft.passes.fuse_linear import FuseLinear, split_fused
 from regraft.passes.pruning import scores
-from regraft.passes.pruning.blocks import Block, find
+from regraft.passes.pruning.blocks import Block, find, has_query_heads
 from regraft.passes.pruning.fisher import Gradients, gradients
 from regraft.passes.pruning.latency import Latency
 from regraft.passes.pruning.masks import Masks
@@ -106,7 +106,7 @@ class Prune(Pass):
         fused = split_fused(program)
         try:
             loaded = None if self.masks is None else Masks.load(self.masks)
-            query_heads = self.query_heads if loaded is None else loaded.query_heads
+            query_heads = self.query_heads if loaded is None else has_query_heads(loaded.layouts)
             blocks, skipped = find(program, query_heads)
             if not blocks:
                 return PassResult(0, tuple(skipped))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from operator import getitem
 from typing import Any
@@ -122,6 +122,11 @@ def find(
         except _CannotCut as reason:
             skipped.append((source_of(node), str(reason)))
     return blocks, skipped
+
+
+def has_query_heads(blocks: Sequence[Any]) -> bool:
+    """Whether these blocks, or layouts of masks, are those of ``find(program, True)``."""
+    return not any(block.kind == "heads" and block.parts > 1 for block in blocks)
 
 
 def count_macs(program: Program, tokens: float) -> float:

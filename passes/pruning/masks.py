@@ -107,11 +107,6 @@ class Masks:
             if found != (layout.kind, layout.units, layout.parts) or not sound:
                 raise RegraftError(f"the masks do not fit {block.name}: {found[1]} {found[0]}")
 
-    @property
-    def query_heads(self) -> bool:
-        """Whether query heads that share keys were units of their own."""
-        return any(layout.kind == "query heads" for layout in self.layouts)
-
     def rows(self) -> list[tuple[int | None, int | None]]:
         """(heads, filters) of each layer as indices of blocks, in graph order."""
         found: list[tuple[int | None, int | None]] = []
