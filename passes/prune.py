@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from regraft.passes.base import Context, Pass, PassResult
 from regraft.passes.fuse_linear import FuseLinear, split_fused
@@ -30,6 +31,7 @@ from regraft.passes.raise_linear import RaiseLinear
 from regraft.program import Program, RegraftError
 from regraft.program.program import source_of
 
+log = logging.getLogger("regraft")
 METHODS = ("fisher", "reconstruct")
 SCORES = ("fisher", "fluctuation", "magnitude", "random")
 TRIES = 3
@@ -81,6 +83,8 @@ class Prune(Pass):
         if self.method not in METHODS or self.score not in SCORES:
             known = f"methods {', '.join(METHODS)}; scores {', '.join(SCORES)}"
             raise RegraftError(f"Prune(method={self.method!r}, score={self.score!r}): {known}")
+        if self.labels and self.score != "fisher":
+            raise RegraftError(f"Prune: the score {self.score!r} reads no labels")
         if min(self.samples, self.round_to, self.batch, self.sequence_length or 1) < 1:
             raise RegraftError("Prune: samples, round_to, batch, sequence_length are at least 1")
 
@@ -154,6 +158,10 @@ class Prune(Pass):
             reached = gathered.reached if gathered is not None else None
             with _clock(seconds, method):
                 cuts, notes = refit(program, blocks, kept, found, reached, method, context.tell)
+        if gathered is not None and (few := _too_few(blocks, gathered, kept)):
+            if not any("too few samples" in why for _, why in notes):
+                log.warning("regraft: %s: %s", *few)
+            notes.append(few)
         return Masks.of(blocks, cuts, tokens, seconds=seconds), notes
 
     def _scores(
@@ -213,18 +221,38 @@ class Prune(Pass):
 
 
 def _refuse_dropout(program: Program) -> None:
-    aten = torch.ops.aten
-    for node in program.graph.find_nodes(op="call_function", target=aten.dropout.default):
-        if node.args[2]:
+    for node in program.graph.nodes:
+        if _is_random(node):
             raise RegraftError(
                 f"{source_of(node)} drops at random: capture the model in evaluation mode"
             )
-    for name in ("native_dropout", "_fused_dropout", "bernoulli"):
-        target = getattr(getattr(aten, name), "default", None)
-        if target and (nodes := program.graph.find_nodes(op="call_function", target=target)):
-            raise RegraftError(
-                f"{source_of(nodes[0])} drops at random: capture the model in evaluation mode"
-            )
+
+
+def _is_random(node: fx.Node) -> bool:
+    """Whether an operator draws numbers, and is not one of those that are told not to."""
+    target: Any = node.target
+    if torch.Tag.nondeterministic_seeded not in getattr(target, "tags", ()):
+        return False
+    given = {a.name: a.default_value for a in target._schema.arguments}
+    given |= dict(zip(given, node.args, strict=False)) | node.kwargs
+    return all(given.get(name, 1) != 0 for name in ("train", "training", "p", "dropout_p"))
+
+
+def _too_few(
+    blocks: Sequence[Block], gathered: Gradients, kept: Sequence[Tensor]
+) -> tuple[str, str] | None:
+    """Where Fisher information of as many rows cannot tell apart all that was cut."""
+    most, block, units = max(
+        (
+            (block.units - len(some), block, units)
+            for block, units, some in zip(blocks, gathered.units, kept, strict=True)
+        ),
+        key=lambda one: one[0],
+    )
+    rank = int(units.any(1).sum())
+    if rank >= most:
+        return None
+    return block.name, f"too few samples: Fisher information of rank {rank} for {most} cut"
 
 
 def _length(blocks: Sequence[Block]) -> float:

@@ -104,9 +104,7 @@ class Block:
         return linear + self.parts * (q + v) * tokens
 
 
-def find(
-    program: Program, query_heads: bool = False
-) -> tuple[list[Block], list[tuple[str, str]]]:
+def find(program: Program, query_heads: bool = False) -> tuple[list[Block], list[tuple[str, str]]]:
     """The blocks in graph order, and (where, why) of those that cannot be cut.
 
     query_heads: where heads share keys, each is a unit of its own.

@@ -8,13 +8,12 @@ import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import regraft
-from regraft.passes import Context, Prune, RaiseLinear
-from regraft.passes.fuse_linear import split_fused
+from regraft.passes import Prune
 from regraft.passes.pruning import latency
-from regraft.passes.pruning.blocks import find
 from regraft.passes.pruning.latency import Latency
 from regraft.program import RegraftError
 from tests.conftest import SMALL, tiny
+from tests.passes.masking import dense_blocks
 
 IDS = [torch.randint(3, 256, (4, 16), generator=torch.Generator().manual_seed(i)) for i in (1, 2)]
 
@@ -67,9 +66,7 @@ def test_a_budget_of_latency_is_kept(bert, clock, share, query_heads):
 
 def test_tables_hold_what_was_measured_and_lines_between(bert, clock):
     program = regraft.compile(bert, target="reference").program
-    RaiseLinear().apply(program, Context())
-    split_fused(program)
-    blocks, _ = find(program)
+    blocks, _ = dense_blocks(program)
     measured = Latency(program, blocks, 2, 16, lambda what: None)
     assert measured.dense == pytest.approx(seconds(program, clock, 2, 16))
     heads, filters = 4 * 16 * 64 / 1e3 * 32, 2 * 64 / 1e3 * 32  # a head's four, a filter's two

@@ -10,15 +10,14 @@ from transformers import (
 )
 
 import regraft
-from regraft.passes import Context, KVQuant, Prune, RaiseLinear
-from regraft.passes.fuse_linear import split_fused
-from regraft.passes.pruning.blocks import find
+from regraft.passes import KVQuant, Prune
 from regraft.passes.pruning.masks import Masks
 from regraft.passes.pruning.ranks import Ranks
-from regraft.passes.pruning.slicing import Cut, columns
+from regraft.passes.pruning.slicing import Cut
 from regraft.passes.recorder import Runner
 from regraft.program import RegraftError
 from tests.conftest import SMALL, tiny
+from tests.passes.masking import dense_blocks, masked
 from tests.runtime.test_seq2seq import BART
 
 IDS = torch.randint(3, 256, (3, 12), generator=torch.Generator().manual_seed(2))
@@ -56,12 +55,6 @@ def captured(model):
     return regraft.compile(model, calibration=TEXT, target="reference").program
 
 
-def dense_blocks(program, query_heads):
-    RaiseLinear().apply(program, Context())
-    split_fused(program)
-    return find(program, query_heads)
-
-
 def some_masks(blocks):
     """Other units of each block, scaled; of the first of a kind that can go, none."""
     generator = torch.Generator().manual_seed(5)
@@ -78,17 +71,6 @@ def some_masks(blocks):
     return Masks.of(blocks, cuts, 12)
 
 
-def edits_of(program, blocks, masks):
-    """The dense program's layers read what is kept, as it is scaled, and zeros."""
-    edits = {}
-    for block, one in zip(blocks, masks.cuts, strict=True):
-        weight, bias = one.reading(program, block)
-        full = torch.zeros(weight.shape[0], block.units * block.width)
-        full[:, columns(block, one.kept)] = weight
-        edits[block.output] = lambda x, *_, full=full, bias=bias: (x, full, bias)
-    return edits
-
-
 def both(model, folder, query_heads=False):
     """The sliced model, a runner of the masked one, and the masks."""
     dense = captured(model)
@@ -98,16 +80,16 @@ def both(model, folder, query_heads=False):
     masks.save(folder / "masks.safetensors")
     pruning = Prune(masks=str(folder / "masks.safetensors"))
     made = regraft.compile(model, [pruning], target="reference")
-    return made, Runner(dense, edits_of(dense, blocks, masks)), masks
+    return made, masked(dense, blocks, masks), masks
 
 
 @pytest.mark.parametrize("name", ENCODERS)
 def test_masked_encoders_equal_sliced_ones(name, tmp_path):
-    made, masked, masks = both(ENCODERS[name](), tmp_path)
+    made, runner, masks = both(ENCODERS[name](), tmp_path)
     assert {len(one.kept) for one in masks.cuts} >= {0, 1}
     examples = made.program.examples
     with torch.no_grad():
-        expected = masked.run(*examples)[0]
+        expected = runner.run(*examples)[0]
     torch.testing.assert_close(made.program(*examples)[0], expected, atol=1e-5, rtol=1e-5)
     attention = torch.ops.regraft.attention.default
     nodes = made.program.graph.find_nodes(op="call_function", target=attention)
@@ -119,13 +101,13 @@ def test_masked_encoders_equal_sliced_ones(name, tmp_path):
 
 @pytest.mark.parametrize("name", DECODERS)
 def test_masked_decoders_equal_sliced_ones_and_generate(name, tmp_path):
-    made, masked, masks = both(DECODERS[name](), tmp_path, "query heads" in name)
+    made, runner, masks = both(DECODERS[name](), tmp_path, "query heads" in name)
     kinds = {layout.kind for layout in masks.layouts}
     within = "query heads" in name or "one key head" in name
     assert kinds == {"query heads" if within else "heads", "filters"}
     with torch.no_grad():
-        torch.testing.assert_close(made(IDS).logits, masked.logits(IDS), atol=1e-5, rtol=1e-5)
-        dense = Runner(masked.program, {}).logits(IDS)
+        torch.testing.assert_close(made(IDS).logits, runner.logits(IDS), atol=1e-5, rtol=1e-5)
+        dense = Runner(runner.program, {}).logits(IDS)
         assert (made(IDS).logits - dense).abs().max() > 1e-2
     caches = [spec.shape[1] for spec in made.program.inputs if spec.role == "cache"]
     kept = [len(one.kept) for one in masks.cuts[::2] for _ in range(2)]
@@ -134,7 +116,7 @@ def test_masked_decoders_equal_sliced_ones_and_generate(name, tmp_path):
     found = made.generate(ids, max_new_tokens=6, do_sample=False, min_new_tokens=6)
     for _ in range(6):
         with torch.no_grad():
-            ids = torch.cat([ids, masked.logits(ids)[:, -1:].argmax(-1)], 1)
+            ids = torch.cat([ids, runner.logits(ids)[:, -1:].argmax(-1)], 1)
     assert torch.equal(found, ids)
 
 
