@@ -11,6 +11,7 @@ from transformers import (
 
 import regraft
 from regraft.passes import KVQuant, Prune
+from regraft.passes.pruning.blocks import count_macs
 from regraft.passes.pruning.masks import Masks
 from regraft.passes.pruning.ranks import Ranks
 from regraft.passes.pruning.slicing import Cut
@@ -112,6 +113,8 @@ def test_masked_decoders_equal_sliced_ones_and_generate(name, tmp_path):
     caches = [spec.shape[1] for spec in made.program.inputs if spec.role == "cache"]
     kept = [len(one.kept) for one in masks.cuts[::2] for _ in range(2)]
     assert caches == ([1 if "one" in name else 2] * 4 if within else kept)
+    counted = [count_macs(program, 12) for program in (made.program, runner.program)]
+    assert counted[0] / counted[1] == pytest.approx(masks.share)
     ids = IDS[:1, :8]
     found = made.generate(ids, max_new_tokens=6, do_sample=False, min_new_tokens=6)
     for _ in range(6):
