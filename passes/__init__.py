@@ -8,6 +8,7 @@ from regraft.passes.outline import OutlineLayers
 from regraft.passes.prune import Prune
 from regraft.passes.raise_attention import RaiseAttention
 from regraft.passes.raise_latent import RaiseLatent
+from regraft.passes.raise_linear import RaiseLinear
 from regraft.passes.raise_mask import RaiseMask
 from regraft.passes.raise_sdpa import RaiseSdpa
 from regraft.passes.raise_softmax import RaiseSoftmax
@@ -42,6 +43,7 @@ __all__ = [
     "Prune",
     "RaiseAttention",
     "RaiseLatent",
+    "RaiseLinear",
     "RaiseMask",
     "RaiseSoftmax",
     "RaiseSdpa",

@@ -86,7 +86,8 @@ def split_fused(program: Program) -> int:
     Also where the model itself stacks its projections.
     """
     found = 0
-    for split in program.graph.find_nodes(op="call_function", target=aten.split_with_sizes.default):
+    splits = (aten.split_with_sizes.default, aten.split.Tensor)
+    for split in [node for node in program.graph.nodes if node.target in splits]:
         linear, sizes = split.args[0], split.args[1]
         if (
             linear.target != aten.linear.default
@@ -95,6 +96,9 @@ def split_fused(program: Program) -> int:
             or (len(split.args) > 2 and split.args[2] not in (-1, linear.meta["val"].dim() - 1))
         ):
             continue
+        if isinstance(sizes, int):
+            whole = linear.meta["val"].shape[-1]
+            sizes = [min(sizes, whole - start) for start in range(0, whole, sizes)]
         _split(program, split, linear, sizes)
         found += 1
     return found

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from operator import getitem
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
-from regraft.passes.base import is_call
+from regraft.passes.base import Context, is_call
 from regraft.passes.fuse_linear import split_fused
+from regraft.passes.raise_linear import RaiseLinear
 from regraft.passes.regions import between
 from regraft.program import Program
 from regraft.program.program import source_of
@@ -42,12 +44,13 @@ FILTERS = tuple(
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """Units that can be cut: heads with the keys they share, or filters.
+    """Units that can be cut: heads with the keys they share, heads within them, or filters.
 
     output: the linear layer that reads the units' columns, ``width`` a unit, ``parts`` heads (or
     one filter) each. inputs: the linear layers whose rows make them, and the rows of a unit.
     between: the nodes between inputs and output. residual: what the output is added to, where it
-    is added to one tensor and used for nothing else.
+    is added to one tensor and used for nothing else. Of ``groups`` of units that follow each
+    other as many are kept of each; ``shared``: the layers that stay whole for all units.
     """
 
     output: fx.Node
@@ -58,6 +61,8 @@ class Block:
     parts: int = 1
     attention: fx.Node | None = None
     residual: fx.Node | None = None
+    groups: int = 1
+    shared: tuple[fx.Node, ...] = ()
 
     @property
     def name(self) -> str:
@@ -65,7 +70,9 @@ class Block:
 
     @property
     def kind(self) -> str:
-        return "filters" if self.attention is None else "heads"
+        if self.attention is None:
+            return "filters"
+        return "query heads" if self.shared else "heads"
 
     @property
     def scalars(self) -> int:
@@ -76,10 +83,19 @@ class Block:
     def least(self) -> int:
         """The fewest units to keep: none where the block can go, but for layers of a cache."""
         cached = is_call(self.attention, regraft.cached_attention.default)
-        return int(self.residual is None or cached)
+        return self.groups * (self.residual is None or cached)
+
+    def first(self, count: int) -> Tensor:
+        """So many units, as many of each group."""
+        return torch.arange(self.units).view(self.groups, -1)[:, : count // self.groups].flatten()
+
+    def cost(self, kept: int, tokens: float) -> float:
+        """Multiplications of so many units, a token of a sequence of so many tokens."""
+        shared = sum(n.args[1].meta["val"].numel() for n in self.shared)
+        return kept * self.macs(tokens) + (shared if kept else 0)
 
     def macs(self, tokens: float) -> float:
-        """Multiplications and additions of a unit, a token of a sequence of so many tokens."""
+        """Multiplications of a unit, a token of a sequence of so many tokens."""
         linear = sum(rows * n.args[1].meta["val"].shape[1] for n, rows in self.inputs)
         linear += self.width * self.output.args[1].meta["val"].shape[0]
         if self.attention is None:
@@ -88,13 +104,16 @@ class Block:
         return linear + self.parts * (q + v) * tokens
 
 
-def find(program: Program) -> tuple[list[Block], list[tuple[str, str]]]:
-    """The blocks in graph order, and (where, why) of those that cannot be cut."""
+def find(program: Program, query_heads: bool = False) -> tuple[list[Block], list[tuple[str, str]]]:
+    """The blocks in graph order, and (where, why) of those that cannot be cut.
+
+    query_heads: where heads share keys, each is a unit of its own.
+    """
     blocks, skipped = [], []
     users = _tensor_users(program)
     for node in program.graph.find_nodes(op="call_function", target=aten.linear.default):
         try:
-            block = _heads(node) or _filters(node)
+            block = _heads(node, query_heads) or _filters(node)
             if block is not None:
                 _refuse_shared(block, users)
                 blocks.append(block)
@@ -103,13 +122,19 @@ def find(program: Program) -> tuple[list[Block], list[tuple[str, str]]]:
     return blocks, skipped
 
 
+def has_query_heads(blocks: Sequence[Any]) -> bool:
+    """Whether these blocks, or layouts of masks, are those of ``find(program, True)``."""
+    return not any(block.kind == "heads" and block.parts > 1 for block in blocks)
+
+
 def count_macs(program: Program, tokens: float) -> float:
     """Those a token of all blocks that can be cut, by the weights that the graph has now.
 
     The program is one captured here, not one that was loaded, and its layers are not outlined.
     """
-    split_fused(made := program.copy())
-    return sum(block.units * block.macs(tokens) for block in find(made)[0])
+    RaiseLinear().apply(made := program.copy(), Context())
+    split_fused(made)
+    return sum(block.cost(block.units, tokens) for block in find(made)[0])
 
 
 class _CannotCut(Exception):
@@ -142,7 +167,7 @@ def _refuse_shared(block: Block, users: dict[int, list[fx.Node]]) -> None:
                 )
 
 
-def _heads(output: fx.Node) -> Block | None:
+def _heads(output: fx.Node, query_heads: bool) -> Block | None:
     node: Any = output.args[0]
     after = []
     while isinstance(node, fx.Node) and node.target in MOVES:
@@ -161,22 +186,40 @@ def _heads(output: fx.Node) -> Block | None:
     if not all(isinstance(n, int) for shape in (q, k, v) for n in (shape[1], shape[3])):
         raise _CannotCut("its number of heads is not constant")
     units, parts = k[1], q[1] // k[1]
-    inputs, nodes = [], []
+    inputs, paths = [], []
     for kind, argument, shape in zip("qkv", attention.args[:3], (q, k, v), strict=True):
         linear, path = _origin(argument, kind, attention)
         rows = shape[1] * shape[3]
         if linear.args[1].meta["val"].shape[0] != rows:
             raise _CannotCut(f"its {kind} come from a layer of other width")
+        if shape[1] > 1 and any(_mixes(node, rows) for node in path):
+            raise _CannotCut(f"its {kind} are normalised over all heads")
         inputs.append((linear, rows // units))
-        nodes += path
+        paths.append(path)
     if len({linear for linear, _ in inputs}) < 3:
         raise _CannotCut("its keys, values or queries come from one layer")
-    nodes += [attention, *reversed(after)]
+    ends = [attention, *reversed(after)]
+    if parts > 1 and (query_heads or units == 1):
+        _check_users([*paths[0], *ends], output)
+        query, *shared = (linear for linear, _ in inputs)
+        return Block(
+            output, ((query, q[3]),), (*paths[0], *ends), q[1], v[3], 1, attention,
+            _residual(output), units, tuple(shared),
+        )  # fmt: skip
+    nodes = [*itertools.chain(*paths), *ends]
     _check_users(nodes, output)
     return Block(
         output, tuple(inputs), tuple(nodes), units, parts * v[3], parts, attention,
         _residual(output),
     )  # fmt: skip
+
+
+def _mixes(node: fx.Node, rows: int) -> bool:
+    """Whether a node computes with all of a layer's outputs together, or with a weight each."""
+    tensors = [n.meta["val"] for n in node.all_input_nodes if torch.is_tensor(n.meta.get("val"))]
+    whole = [x for x in tensors if x.shape[-1:] == (rows,)]
+    alone = len(whole) == 1 and all(x.numel() == 1 for x in tensors if x is not whole[0])
+    return bool(whole) and node.target not in MOVES and not (node.target in FILTERS and alone)
 
 
 def _check_attention(node: fx.Node) -> None:

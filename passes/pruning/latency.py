@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, fx
 
 from regraft.kernels.linear.reference import linear
-from regraft.passes.pruning.blocks import Block, find
+from regraft.passes.pruning.blocks import Block, find, has_query_heads
+from regraft.passes.pruning.search import counts
 from regraft.passes.pruning.slicing import Cut, cut
 from regraft.program import Program, RegraftError
 
@@ -29,20 +30,26 @@ class Latency:
     """
 
     def __init__(
-        self, program: Program, batch: int, tokens: int, tell: Callable[[str], None]
+        self,
+        program: Program,
+        blocks: Sequence[Block],
+        batch: int,
+        tokens: int,
+        tell: Callable[[str], None],
     ) -> None:
-        self.program, self.inputs = program, inputs(program, batch, tokens)
-        blocks = find(program)[0]
+        self.program, self._sizes = program, (batch, tokens)
+        self._blocks = blocks
+        self._query_heads = has_query_heads(blocks)
         self._groups: dict[tuple, list[int]] = {}
         for index, block in enumerate(blocks):
             self._groups.setdefault(_key(block), []).append(index)
-        variants: dict[Any, Any] = {("dense", 0.0): _timed(program)}
+        variants: dict[Any, Any] = {("dense", 0.0): self._timed(program)}
         for key, members in self._groups.items():
             for share in WIDTHS[1:]:
                 keep = {i: _kept(blocks[i], share) for i in members}
-                variants[key, share] = _timed(sliced(program, keep))
+                variants[key, share] = self._timed(self._sliced(keep))
         tell("measuring latency")
-        seconds = timings(variants, self.inputs)
+        seconds = timings(variants)
         self.dense = seconds["dense", 0.0]
         self._tables: list[tuple[list[int], list[float]]] = [([], [])] * len(blocks)
         self.rest = self.dense
@@ -61,12 +68,31 @@ class Latency:
         known, seconds = self._tables[index]
         return float(np.interp(units, known, seconds))
 
+    def least(self, round_to: int) -> float:
+        """What the blocks add with as few units as they can have."""
+        fewest = (counts(block, round_to)[0] for block in self._blocks)
+        return sum(self.of(index, units) for index, units in enumerate(fewest))
+
     def share(self, kept: Sequence[Tensor]) -> float:
         """Measured: the time of the program cut like this, as a share of the program's own."""
         keep = {index: len(units) for index, units in enumerate(kept)}
-        pair = {"dense": _timed(self.program), "cut": _timed(sliced(self.program, keep))}
-        seconds = timings(pair, self.inputs, 2 * ROUNDS)
+        pair = {"dense": self._timed(self.program), "cut": self._timed(self._sliced(keep))}
+        seconds = timings(pair, 2 * ROUNDS)
         return seconds["cut"] / seconds["dense"]
+
+    def _timed(self, program: Program) -> Callable[[], None]:
+        return timed(program, *self._sizes)
+
+    def _sliced(self, keep: dict[int, int]) -> Program:
+        """A copy that keeps the first so many units of these blocks."""
+        made = self.program.copy()
+        blocks = find(made, self._query_heads)[0]
+        chosen = [blocks[index] for index in keep]
+        counts = zip(chosen, keep.values(), strict=True)
+        cut(made, chosen, [Cut(block.first(count)) for block, count in counts])
+        made.graph.eliminate_dead_code()
+        made.graph_module.recompile()
+        return made
 
 
 def inputs(program: Program, batch: int, tokens: int) -> tuple[Tensor, ...]:
@@ -87,18 +113,8 @@ def inputs(program: Program, batch: int, tokens: int) -> tuple[Tensor, ...]:
     return tuple(made)
 
 
-def sliced(program: Program, keep: dict[int, int]) -> Program:
-    """A copy that keeps the first so many units of these blocks."""
-    made = program.copy()
-    pairs = [(block, keep[i]) for i, block in enumerate(find(made)[0]) if i in keep]
-    cut(made, [block for block, _ in pairs], [Cut(torch.arange(n)) for _, n in pairs])
-    made.graph.eliminate_dead_code()
-    made.graph_module.recompile()
-    return made
-
-
 def timings(
-    variants: dict, given: tuple[Tensor, ...], rounds: int = ROUNDS
+    variants: dict[Any, Callable[[], None]], rounds: int = ROUNDS
 ) -> dict[tuple | str, float]:
     """Median seconds of each, in turn, after one turn that does not count."""
     samples: dict[tuple | str, list[float]] = {name: [] for name in variants}
@@ -106,9 +122,7 @@ def timings(
         for turn in range(rounds + 1):
             for name, run in variants.items():
                 start = time.perf_counter()
-                run(given)
-                if given[0].is_cuda:
-                    torch.cuda.synchronize()
+                run()
                 if turn:
                     samples[name].append(time.perf_counter() - start)
     except (RuntimeError, IndexError) as error:
@@ -117,22 +131,25 @@ def timings(
 
 
 def _key(block: Block) -> tuple:
-    return block.kind, block.units, block.parts, block.width, block.macs(0)
+    return block.kind, block.units, block.groups, block.parts, block.width, block.macs(0)
 
 
 def _kept(block: Block, share: float) -> int:
-    return max(block.least, round(share * block.units))
+    return max(block.least, block.groups * round(share * block.units / block.groups))
 
 
-def _timed(program: Program) -> Callable[[tuple[Tensor, ...]], None]:
-    """A run of the program with the linear layers that compiled programs use."""
+def timed(program: Program, batch: int, tokens: int) -> Callable[[], None]:
+    """A run of the program on ``inputs``, with the linear layers that compiled programs use."""
+    given = inputs(program, batch, tokens)
     graph: fx.Graph = program.copy().graph
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default):
         node.target = linear
     module = fx.GraphModule(program.graph_module, graph)
 
-    def run(given: tuple[Tensor, ...]) -> None:
+    def run() -> None:
         with torch.no_grad():
             module(*given)
+        if given[0].is_cuda:
+            torch.cuda.synchronize()
 
     return run

@@ -45,8 +45,8 @@ class Masks:
     @classmethod
     def of(cls, blocks: Sequence[Block], cuts: Sequence[Cut], tokens: float, **more: Any) -> Masks:
         layouts = tuple(Layout(b.name, b.kind, b.units, b.parts) for b in blocks)
-        left = sum(len(c.kept) * b.macs(tokens) for b, c in zip(blocks, cuts, strict=True))
-        share = left / sum(block.units * block.macs(tokens) for block in blocks)
+        left = sum(b.cost(len(c.kept), tokens) for b, c in zip(blocks, cuts, strict=True))
+        share = left / sum(block.cost(block.units, tokens) for block in blocks)
         return cls(layouts, tuple(cuts), tokens, share, **more)
 
     def save(self, path: str | Path) -> None:
@@ -101,6 +101,7 @@ class Masks:
             sound = one.kept.dtype == torch.int64 and one.kept.dim() == 1
             sound = sound and torch.equal(one.kept, one.kept.unique())
             sound = sound and (not count or (one.kept[0] >= 0 and one.kept[-1] < block.units))
+            sound = sound and _balanced(one.kept, block)
             shapes = {k: getattr(one, k) for k in wanted if getattr(one, k) is not None}
             sound = sound and all(x.shape == wanted[k] for k, x in shapes.items())
             if found != (layout.kind, layout.units, layout.parts) or not sound:
@@ -113,7 +114,7 @@ class Masks:
             if layout.kind == "filters" and found and found[-1][1] is None:
                 found[-1] = (found[-1][0], index)
             else:
-                found.append((index, None) if layout.kind == "heads" else (None, index))
+                found.append((None, index) if layout.kind == "filters" else (index, None))
         return found
 
     def scales(self, index: int) -> Tensor:
@@ -161,6 +162,12 @@ class Masks:
         right.barh(range(len(rows)), kept)
         right.set(xlabel="filters kept")
         figure.savefig(path, dpi=120)
+
+
+def _balanced(kept: Tensor, block: Block) -> bool:
+    """Whether as many units are kept of each group."""
+    counts = torch.bincount(kept // (block.units // block.groups), minlength=block.groups)
+    return counts.unique().numel() == 1
 
 
 def save_masks(program: Program, path: str | Path) -> None:

@@ -75,8 +75,8 @@ def cut(program: Program, blocks: Sequence[Block], cuts: Sequence[Cut]) -> None:
             _replace(program, linear, weight[index], None if bias is None else bias[index])
         _replace(program, block.output, *left.reading(program, block))
         for node in block.between:
-            _free_sizes(node, block)
-        if is_call(block.attention, ATTENTION[0]):
+            _resize(node, block, len(left.kept))
+        if is_call(block.attention, ATTENTION[0]) and not block.shared:
             _cut_cache(program, block, left.kept)
         changed.update(linear for linear, _ in block.inputs)
         changed.update(block.between)
@@ -121,31 +121,28 @@ def _remove(program: Program, block: Block, bias: Tensor | None) -> None:
     program.graph.erase_node(user)
 
 
-def _free_sizes(node: fx.Node, block: Block) -> None:
-    """Sizes of a reshape that count heads or their channels follow from the others."""
+def _resize(node: fx.Node, block: Block, kept: int) -> None:
+    """The size of a reshape that counts heads or their channels counts those kept."""
     if node.target not in RESHAPES:
         return
     given: Any = node.args[1]
     sizes, shape = list(given), node.meta["val"].shape
-    if -1 in sizes:
-        return
     source = node.args[0].meta["val"].shape
     for index in reversed(range(len(sizes))):
-        size = sizes[index]
-        counts = isinstance(size, int) and size == shape[index]
-        if counts and _counts_units(size, index, shape, source, block):
-            sizes[index] = -1
+        if isinstance(shape[index], int) and _counts_units(index, shape, source, block):
+            if sizes[index] != -1:
+                sizes[index] = shape[index] // block.units * kept
             node.args = (node.args[0], sizes)
             return
 
 
-def _counts_units(size: int, index: int, shape: Any, source: Any, block: Block) -> bool:
+def _counts_units(index: int, shape: Any, source: Any, block: Block) -> bool:
     """Whether a dimension of a reshape holds all heads, with or without their channels."""
     if len(shape) == len(source) + 1:
         return index == len(shape) - 2
     if len(shape) == len(source) - 1:
         return index == len(shape) - 1
-    return size % block.units == 0 and index in (1, 2) and len(shape) == 4
+    return shape[index] % block.units == 0 and index in (1, 2) and len(shape) == 4
 
 
 def _cut_cache(program: Program, block: Block, kept: Tensor) -> None:

@@ -2,17 +2,19 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import regraft
 from regraft.passes import KVQuant, Prune
-from regraft.passes.pruning.blocks import count_macs, find
+from regraft.passes.pruning.blocks import count_macs
 from regraft.passes.pruning.masks import Masks
 from regraft.passes.pruning.moments import Moments, ridge
 from regraft.passes.pruning.search import rearranged, search
 from regraft.passes.recorder import Runner
 from regraft.program import RegraftError
 from tests.conftest import SMALL, tiny
+from tests.passes.masking import dense_blocks, masked
 
 GENERATOR = torch.Generator().manual_seed(0)
 TEXT = [torch.randint(3, 256, (1, 48), generator=GENERATOR) for _ in range(24)]
@@ -45,23 +47,6 @@ def pruned(model, calibration, **settings):
     return regraft.compile(model, [Prune(**settings)], calibration=calibration, target="reference")
 
 
-def masked(model, masks, inputs):
-    """The dense program with the cuts applied as weights that read what is kept, nothing cut."""
-    program = regraft.compile(model, target="reference").program
-    from regraft.passes.fuse_linear import split_fused
-    from regraft.passes.pruning.slicing import columns
-
-    split_fused(program)
-    edits = {}
-    for block, one in zip(find(program)[0], masks.cuts, strict=True):
-        weight, bias = one.reading(program, block)
-        full = torch.zeros(weight.shape[0], block.units * block.width)
-        full[:, columns(block, one.kept)] = weight
-        edits[block.output] = lambda x, *_, full=full, bias=bias: (x, full, bias)
-    with torch.no_grad():
-        return Runner(program, edits).run(*inputs)
-
-
 @pytest.mark.parametrize("method", ["fisher", "reconstruct"])
 @pytest.mark.parametrize("kind", ["bert", "llama"])
 def test_masked_equals_sliced_within_the_budget(bert, llama, kind, method):
@@ -72,19 +57,18 @@ def test_masked_equals_sliced_within_the_budget(bert, llama, kind, method):
     dense = regraft.compile(model, calibration=TEXT, target="reference").program
     counted = count_macs(made.program, masks.tokens) / count_macs(dense, masks.tokens)
     assert counted == pytest.approx(masks.share, rel=1e-6)
-    expected = masked(model, masks, dense.examples[:3]) if kind == "bert" else None
-    if expected is not None:
-        found = made.program(*made.program.examples)
-        torch.testing.assert_close(found[0], expected[0], atol=1e-5, rtol=1e-5)
-        assert (found[0] - dense(*dense.examples)[0]).abs().max() > 1e-4
-    else:
-        ids = TEXT[0]
-        cuts = [len(one.kept) for one in masks.cuts]
+    blocks, _ = dense_blocks(dense)
+    runners = Runner(dense, {}), masked(dense, blocks, masks), Runner(made.program, {})
+    with torch.no_grad():
+        given = dense.examples
+        whole, expected, found = (
+            r.run(*given)[0] if kind == "bert" else r.logits(TEXT[0]) for r in runners
+        )
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert (found - whole).abs().max() > 1e-4
+    if kind == "llama":
         states = [s.shape[1] for s in made.program.inputs if s.name.endswith("key")]
-        assert states == cuts[::2]
-        runner = Runner(made.program, {})
-        with torch.no_grad():
-            torch.testing.assert_close(runner.logits(ids), made(ids).logits, atol=1e-5, rtol=1e-5)
+        assert states == [len(one.kept) for one in masks.cuts[::2]]
     assert "filters" in str(made.report)
 
 
@@ -107,6 +91,17 @@ def test_saved_masks_are_applied_again(bert, tmp_path):
         pruned(bert, None, masks=str(tmp_path / "masks.safetensors"))
 
 
+def test_a_plot_shows_what_was_kept(bert, tmp_path):
+    image = pytest.importorskip("matplotlib.image")
+    seen = []
+    for share in (1.0, 0.4):
+        made = pruned(bert, rows(), macs=share, tune=False)
+        made.program.metadata["masks"].plot(tmp_path / "masks.png")
+        seen.append(image.imread(tmp_path / "masks.png"))
+    assert seen[0].shape == seen[1].shape and min(seen[0].shape[:2]) > 100
+    assert abs(seen[0] - seen[1]).max() > 0.5
+
+
 def test_masks_of_another_model_are_refused(bert, llama, tmp_path):
     made = pruned(bert, rows(), macs=0.5, tune=False)
     regraft.save_masks(made.program, tmp_path / "m.safetensors")
@@ -122,9 +117,12 @@ def test_a_layer_that_is_cut_whole_keeps_bias_and_residual(bert, tmp_path):
     nothing = Masks(masks.layouts, tuple(cuts), masks.tokens, masks.share)
     nothing.save(tmp_path / "m.safetensors")
     again = pruned(bert, None, masks=str(tmp_path / "m.safetensors"))
-    expected = masked(bert, nothing, again.program.examples)
-    found = again.program(*again.program.examples)
-    torch.testing.assert_close(found[0], expected[0], atol=1e-5, rtol=1e-5)
+    dense = regraft.compile(bert, target="reference").program
+    runner = masked(dense, dense_blocks(dense)[0], nothing)
+    with torch.no_grad():
+        expected = runner.run(*again.program.examples)[0]
+    found = again.program(*again.program.examples)[0]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     target = torch.ops.regraft.attention.default
     assert len(again.program.graph.find_nodes(op="call_function", target=target)) == 1
 
@@ -209,13 +207,22 @@ def test_weights_of_rows_count_like_repetitions():
 def test_labels_are_used_and_needed(bert):
     made = pruned(bert, rows(labels=True), macs=0.6, labels=True, tune=False)
     assert made.program.metadata["masks"].share <= 0.6
-    with pytest.raises(RegraftError, match="needs a batch's 'labels'"):
-        pruned(bert, rows(), macs=0.6, labels=True)
+    for calibration in (rows(), rows(labels=True) + rows()):
+        with pytest.raises(RegraftError, match="needs a batch's 'labels'"):
+            pruned(bert, calibration, macs=0.6, labels=True)
+    with pytest.raises(RegraftError, match="reads no labels"):
+        Prune(macs=0.6, labels=True, score="magnitude")
 
 
 def test_bad_budgets_say_what_can_be_reached(llama, bert):
-    with pytest.raises(RegraftError, match=r"the least is 0\.\d"):
-        pruned(llama, TEXT, macs=0.01)
+    for more in ({}, {"query_heads": True}):
+        with pytest.raises(RegraftError, match=r"the least is 0\.\d") as error:
+            pruned(llama, TEXT, macs=0.01, **more)
+        least = float(str(error.value).split()[-1]) + 0.01
+        assert pruned(llama, TEXT, macs=least, tune=False, **more).program.metadata["masks"]
+    nothing = pruned(bert, rows(), macs=1e-6, tune=False).program
+    assert not any(len(one.kept) for one in nothing.metadata["masks"].cuts)
+    assert nothing(*nothing.examples)[0].isfinite().all()
     with pytest.raises(RegraftError, match="needs a budget"):
         pruned(bert, rows())
     with pytest.raises(RegraftError, match="no share between 0 and 1"):
@@ -229,6 +236,25 @@ def test_calibration_must_fit(bert):
         pruned(bert, None, macs=0.6)
     with pytest.raises(RegraftError, match="lacks the input input_ids"):
         pruned(bert, [{"pixels": torch.zeros(1, 3)}], macs=0.6)
+
+
+def test_a_model_of_one_shared_layer_is_left_whole():
+    sizes = {key: n for key, n in SMALL.items() if "key" not in key}
+    config = AutoConfig.for_model("albert", **sizes, embedding_size=64)
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    with pytest.raises(RegraftError, match="matched nothing.*is shared with.*weights of its own"):
+        pruned(model, rows(), macs=0.6)
+
+
+def test_transposed_weights_that_layers_share_are_left_whole():
+    model = tiny("gpt2", n_embd=64, n_layer=2, n_head=4, n_inner=128)
+    first, second = model.transformer.h
+    second.mlp.c_proj.weight, second.attn.c_attn.weight = (
+        first.mlp.c_proj.weight,
+        first.attn.c_attn.weight,
+    )
+    with pytest.raises(RegraftError, match="matched nothing.*is shared with"):
+        pruned(model, TEXT, macs=0.8)
 
 
 def test_shared_weights_are_never_cut(bert):
@@ -253,21 +279,58 @@ def test_a_model_without_units_is_an_error():
         )  # fmt: skip
 
 
-def test_dropout_left_on_is_an_error():
+@pytest.mark.parametrize(
+    "drop",
+    [
+        lambda x: F.dropout(x, 0.5, True),
+        lambda x: F.scaled_dot_product_attention(x, x, x, dropout_p=0.5),
+        lambda x: x * torch.bernoulli(torch.full_like(x, 0.5)),
+    ],
+    ids=["dropout", "attention", "bernoulli"],
+)
+def test_dropout_left_on_is_an_error(drop):
     class Drops(torch.nn.Module):
         def forward(self, x):
-            return torch.nn.functional.dropout(x, 0.5, True)
+            return drop(x)
 
+    x = torch.zeros(2, 2, 4, 4)
     with pytest.raises(RegraftError, match="drops at random"):
         regraft.compile(
-            Drops(), [Prune(macs=0.5)], example_inputs=(torch.zeros(2, 4),), target="reference",
-            calibration=[torch.zeros(2, 4)],
-        )  # fmt: skip
+            Drops(), [Prune(macs=0.5)], example_inputs=(x,), target="reference", calibration=[x]
+        )
 
 
-def test_too_few_samples_warn_once_with_the_rank(bert, notices):
-    pruned(bert, rows(2), macs=0.7, method="reconstruct", round_to=4)
-    assert sum("too few samples" in notice for notice in notices) == 1
+def test_a_model_in_training_mode_is_pruned_without_its_dropout(bert):
+    calibration = rows()
+    expected = pruned(bert, calibration, macs=0.6, tune=False).program
+    try:
+        found = pruned(bert.train(), calibration, macs=0.6, tune=False).program
+        assert bert.training
+    finally:
+        bert.eval()
+    assert torch.equal(found(*expected.examples)[0], expected(*expected.examples)[0])
+
+
+def too_few(notices):
+    return [notice for notice in notices if "too few samples" in notice]
+
+
+@pytest.mark.parametrize("count", [2, 6])
+def test_too_few_samples_warn_once_whatever_they_are_too_few_for(bert, notices, count):
+    made = pruned(bert, rows(count), macs=0.7, method="reconstruct", round_to=4)
+    assert len(too_few(notices)) == 1
+    rank = f"Fisher information of rank {4 * count} for"
+    assert any(rank in why for _, why in made.report.rows[-1].skipped)
+
+
+@pytest.mark.parametrize("count", [2, 32])
+def test_fewer_rows_than_what_is_cut_warn_with_the_rank(bert, notices, count):
+    made = pruned(bert, rows(count), macs=0.7, tune=False, round_to=4)
+    cut = max(128 - len(one.kept) for one in made.program.metadata["masks"].cuts[1::2])
+    if count == 2:
+        assert too_few(notices)[0].endswith(f"Fisher information of rank 8 for {cut} cut")
+    else:
+        assert cut <= 4 * count and not too_few(notices)
 
 
 def test_query_groups_stay_whole():
