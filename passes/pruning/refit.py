@@ -55,6 +55,7 @@ def refit(
             runner.begin(*found[index].inputs)
             runners.append(runner)
     cuts, skipped = [], []
+    every = min(CHECKED, len(chosen))
     for turn, (block, units) in enumerate(zip(blocks, kept, strict=True)):
         tell(f"{method} {turn + 1} of {len(blocks)}")
         fitted, check = Moments(), Moments()
@@ -66,7 +67,7 @@ def refit(
                 x, y = _aim(block, teachers[place], students[place], index_of)
                 x, y, weight = _counted(x, y, real, norms)
             weight = weight if method == "reconstruct" else None
-            (check if place % CHECKED == CHECKED - 1 else fitted).add(x, y, weight)
+            (check if place % every == every - 1 else fitted).add(x, y, weight)
         made, why = _fit(program, block, units, fitted, check, method)
         cuts.append(made)
         if why:
@@ -142,9 +143,11 @@ def _fit(
             continue
         if error < least:
             best, least = strength, error
-    unknowns = len(units) * (block.width if method == "reconstruct" else block.parts)
-    few = fitted.rows < unknowns
-    why = f"too few samples: rank {fitted.rows} for {unknowns} unknowns" if few else ""
+    if method == "reconstruct":
+        rank, unknowns = fitted.rows, len(units) * block.width
+    else:
+        rank, unknowns = fitted.rows * len(weight), len(units) * block.parts
+    why = f"too few samples: rank {rank} for {unknowns} unknowns" if rank < unknowns else ""
     if best is None:
         return whole, why or "no fit lowers its error"
     result = made(fitted + check, best)

@@ -81,7 +81,9 @@ def _sample(program: Program, batch: Any, device: torch.device) -> Sample:
             value = torch.full_like(ids, int(spec.name == "attention_mask"))
         if not torch.is_tensor(value):
             raise RegraftError(f"calibration lacks the input {spec.name}, or it is no tensor")
-        if value.dtype != spec.dtype or value.dim() != len(spec.shape):
+        sizes = zip(value.shape, spec.shape, strict=False)
+        wrong = any(isinstance(known, int) and size != known for size, known in sizes)
+        if value.dtype != spec.dtype or value.dim() != len(spec.shape) or wrong:
             raise RegraftError(
                 f"calibration's {spec.name} is {value.dtype} {list(value.shape)}, the model takes "
                 f"{spec.dtype} [{', '.join(map(str, spec.shape))}]"

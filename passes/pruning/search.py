@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -54,8 +55,9 @@ def search(
     except ValueError:
         full = sum(cost(i, block.units) for i, block in enumerate(blocks))
         least = sum(cost(i, counts(b, round_to)[0]) for i, b in enumerate(blocks))
+        percent = math.ceil(100 * least / full)
         raise RegraftError(
-            f"a budget of {budget / full:.2f} cannot be kept: the least is {least / full:.2f}"
+            f"a budget of {budget / full:.2f} cannot be kept: the least is {percent / 100}"
         ) from None
     return [
         ranked[len(ranked) - option.choice :].sort().values

@@ -194,6 +194,11 @@ def test_moments_know_the_error_and_the_least_squares():
     assert moments.error(weight, None) == pytest.approx(error, rel=1e-4)
 
 
+def test_two_batches_are_enough_to_fit_and_to_check(bert):
+    made = pruned(bert, rows(2), macs=0.6, round_to=4)
+    assert any(one.scale is not None for one in made.program.metadata["masks"].cuts)
+
+
 def test_weights_of_rows_count_like_repetitions():
     x, y = torch.randn(6, 4, generator=GENERATOR), torch.randn(6, 2, generator=GENERATOR)
     counts = torch.tensor([3, 1, 0, 2, 0, 0])
