@@ -52,7 +52,7 @@ class Masks:
     def save(self, path: str | Path) -> None:
         """Write what ``Prune(masks=path)`` reads."""
         tensors = {
-            f"{index}.{name}": value.contiguous()
+            f"{index}.{name}": value.clone(memory_format=torch.contiguous_format)
             for index, one in enumerate(self.cuts)
             for name, value in vars(one).items()
             if value is not None

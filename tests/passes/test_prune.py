@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -361,3 +362,13 @@ def test_models_on_a_gpu_are_pruned_there(bert, settings, tmp_path):
     assert torch.equal(*outputs)
     assert all(x.is_cuda for x in outputs)
     torch.testing.assert_close(outputs[0].cpu(), expected, atol=1e-3, rtol=0)
+
+
+def test_layers_that_stay_alike_are_outlined_after_pruning(llama, tmp_path):
+    masks = pruned(llama, TEXT, macs=0.6, tune=False, round_to=4).program.metadata["masks"]
+    alike = replace(masks, cuts=masks.cuts[:2] * (len(masks.cuts) // 2))
+    alike.save(tmp_path / "m")
+    made = regraft.compile(llama, [Prune(masks=str(tmp_path / "m"))])
+    plain = regraft.compile(llama, [Prune(masks=str(tmp_path / "m"))], target="reference")
+    assert {row.name: row.matches for row in made.report.rows}["OutlineLayers"] > 0
+    torch.testing.assert_close(made(TEXT[0]).logits, plain(TEXT[0]).logits, atol=1e-5, rtol=1e-5)
