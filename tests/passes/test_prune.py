@@ -364,7 +364,8 @@ def test_models_on_a_gpu_are_pruned_there(bert, settings, tmp_path):
     torch.testing.assert_close(outputs[0].cpu(), expected, atol=1e-3, rtol=0)
 
 
-def test_layers_that_stay_alike_are_outlined_after_pruning(llama, tmp_path):
+def test_layers_that_stay_alike_are_outlined_after_pruning(tmp_path):
+    llama = tiny("llama", num_hidden_layers=4)
     masks = pruned(llama, TEXT, macs=0.6, tune=False, round_to=4).program.metadata["masks"]
     alike = replace(masks, cuts=masks.cuts[:2] * (len(masks.cuts) // 2))
     alike.save(tmp_path / "m")
