@@ -76,11 +76,11 @@ class Engine {
   std::vector<int32_t> wiring;
 
   // Fills the four above; the reason where the operator cannot be put off, else null.
-  const char* encode(const OpInfo& info, const c10::IValue* args, size_t count) {
+  const char* encode(const OpInfo& info, const c10::IValue* args, size_t count, bool grad) {
     key.clear(), tensors.clear(), argument_of.clear(), wiring.clear();
     why_ = nullptr;
     key.push_back(info.id);
-    key.push_back(c10::GradMode::is_enabled() |
+    key.push_back(grad |
                   static_cast<uint64_t>(c10::get_default_dtype_as_scalartype()) << 8);
     for (size_t i = 0; i < count && !why_; ++i) encode(args[i], info.value_free[i], i);
     return why_;

@@ -166,11 +166,11 @@ static bool runs_on_host(const Engine& engine, const OpInfo& info, const c10::IV
   return any;
 }
 
-static void put_off(Engine& engine, Memo* memo, Stack* stack) {
+static void put_off(Engine& engine, Memo* memo, Stack* stack, bool grad) {
   const auto count = memo->op.schema().arguments().size();
   Entry entry;
   entry.memo = memo;
-  entry.grad = c10::GradMode::is_enabled();
+  entry.grad = grad;
   std::vector<c10::IValue> results;
   size_t at = 0;
   auto next = [&]() -> at::Tensor {
@@ -245,11 +245,12 @@ static void intercept(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack*
   const auto count = op.schema().arguments().size();
   const auto* args = stack->data() + stack->size() - count;
   const auto where = setting();
-  if (where == Setting::Other || (where == Setting::Factory && info.has_tensors)) {
+  if (where == Setting::Other || (where == Setting::Factory && !info.functional)) {
     engine.flush();
     ++engine.reasons["autocast, a mode or hooks in force"];
     return barrier(engine, op, stack, nullptr);
   }
+  const bool grad = where == Setting::Usual && c10::GradMode::is_enabled();
   if (info.kind == Kind::Read) {
     bool wait = false;
     each_tensor(args, count, [&](const at::Tensor& t, size_t) { wait |= engine.depends(t); });
@@ -265,7 +266,7 @@ static void intercept(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack*
     ++engine.at_once;
     return run_at_once(op, stack);
   }
-  if (const char* why = engine.encode(info, args, count)) {
+  if (const char* why = engine.encode(info, args, count, grad)) {
     engine.flush();
     ++engine.reasons[why];
     return barrier(engine, op, stack, nullptr);
@@ -275,7 +276,7 @@ static void intercept(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack*
   if (memo->barrier) {
     fetch(engine);
     ++engine.reasons[info.name + ", whose result depends on data"];
-    engine.encode(info, args, count);
+    engine.encode(info, args, count, grad);
     return barrier(engine, op, stack, memo);
   }
   if (!copy_foreign(engine, info, *memo, stack)) {
@@ -283,7 +284,7 @@ static void intercept(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack*
     ++engine.reasons["memory shared with numpy or others"];
     return barrier(engine, op, stack, nullptr);
   }
-  put_off(engine, memo, stack);
+  put_off(engine, memo, stack, grad);
 }
 
 // An operator elsewhere, or with the interceptor off, was given a placeholder.

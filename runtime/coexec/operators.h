@@ -25,6 +25,7 @@ struct OpInfo {
   bool random = false;
   bool masks = false;            // results' sizes depend on data where an argument is a mask
   bool has_tensors = false;
+  bool functional = true;        // writes and returns no argument
   uint64_t id = 0;
   std::vector<bool> value_free;  // a number that no metadata depend on
   std::vector<bool> aliased;     // may be written, or be part of the result
@@ -120,6 +121,7 @@ inline const OpInfo& info_of(const c10::OperatorHandle& op) {
     const auto* alias = argument.alias_info();
     info->value_free.push_back(is_number(*argument.type()));
     info->aliased.push_back(alias || statistics);
+    info->functional &= !info->aliased.back();
     info->written.push_back(alias && alias->isWrite());
     info->has_tensors |= holds_tensors(*argument.type());
   }
