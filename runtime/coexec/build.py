@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.machinery
 import importlib.util
@@ -45,9 +46,14 @@ def _built() -> Path:
         digest.update(source.name.encode() + source.read_bytes())
     name = f"regraft_coexec_{digest.hexdigest()[:24]}"
     file = cache_dir() / "coexec" / f"{name}.so"
-    if not file.is_file():
-        with written_whole(file) as partial:
-            _compile(name, partial)
+    if file.is_file():
+        return file
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file.parent / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not file.is_file():
+            with written_whole(file) as partial:
+                _compile(name, partial)
     return file
 
 
