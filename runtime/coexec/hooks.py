@@ -51,7 +51,11 @@ def install(ext: Any) -> None:
     _wrap_backward(ext)
     _wrap_apply(ext)
     _wrap_dual(ext)
-    os.register_at_fork(before=ext.before_fork, after_in_child=ext.after_fork)
+    os.register_at_fork(
+        before=ext.before_fork,
+        after_in_parent=ext.after_fork_in_parent,
+        after_in_child=ext.after_fork_in_child,
+    )
 
 
 def _quiet(ext: Any, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:

@@ -134,12 +134,15 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   });
   m.def("end_backward", [] { translated([] { Engine::active()->end_backward(); }); });
   m.def("before_fork", [] {
-    for (auto* engine : engines()) {
-      py::gil_scoped_release unlocked;
-      engine->tape.drain();
-    }
+    py::gil_scoped_release unlocked;
+    for (auto* engine : engines()) engine->tape.before_fork();
   });
-  m.def("after_fork", [] { for (auto* engine : engines()) engine->tape.forget_worker(); });
+  m.def("after_fork_in_parent", [] {
+    for (auto* engine : engines()) engine->tape.after_fork_in_parent();
+  });
+  m.def("after_fork_in_child", [] {
+    for (auto* engine : engines()) engine->tape.after_fork_in_child();
+  });
   m.def("stop_workers", [] {
     py::gil_scoped_release unlocked;
     for (auto* engine : engines()) engine->tape.drain(), engine->tape.stop_worker();

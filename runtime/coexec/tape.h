@@ -124,9 +124,17 @@ class Tape {
     stop_ = false;
   }
 
-  // In a forked child: the worker is not there any more.
-  void forget_worker() {
-    if (worker_.joinable()) new (&worker_) std::thread();
+  // Around a fork no other thread is in the midst of anything here; the child has no worker.
+  void before_fork() {
+    drain();
+    run_mutex_.lock(), queue_mutex_.lock(), wake_mutex_.lock();
+  }
+  void after_fork_in_parent() { wake_mutex_.unlock(), queue_mutex_.unlock(), run_mutex_.unlock(); }
+  void after_fork_in_child() {
+    for (auto* mutex : {&run_mutex_, &queue_mutex_, &wake_mutex_}) new (mutex) std::mutex();
+    new (&wake_) std::condition_variable();
+    new (&worker_) std::thread();
+    asleep_ = false;
   }
 
  private:
