@@ -11,5 +11,6 @@ SUITES = {
     "onnx-models": "regraft.benchmarks.onnx_models",
     "onnx-import": "regraft.benchmarks.onnx_import",
     "onnx-files": "regraft.benchmarks.onnx_files",
+    "coexec": "regraft.benchmarks.coexec",
     "prune": "regraft.benchmarks.prune",
 }
