@@ -8,7 +8,7 @@ lists what it leaves behind; ``model`` is called through ``forward``, which a co
 from __future__ import annotations
 
 from regraft.benchmarks.programs.base import Program
-from regraft.benchmarks.programs.language import BertCls, BertQA, GPT2, MusicTransformer
+from regraft.benchmarks.programs.language import GPT2, BertCls, BertQA, MusicTransformer
 from regraft.benchmarks.programs.others import AdamSchedule, HFDecode, Reinforce, TreeLSTM
 from regraft.benchmarks.programs.vision import (
     DCGAN,

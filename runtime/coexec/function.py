@@ -193,7 +193,8 @@ def _leave(engine: Any, error: BaseException | None) -> None:
 
 def _generate(engine: Any, overlap: bool, generator: Any) -> Any:
     """The generator, each of its turns under co-execution."""
-    turn, value = generator.__next__, ()
+    turn: Callable[..., Any] = generator.__next__
+    value: tuple[Any, ...] = ()
     while True:
         try:
             item = run(engine, overlap, turn, value, {})

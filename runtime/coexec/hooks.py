@@ -166,7 +166,7 @@ def _wrap_backward(ext: Any) -> None:
             ext.end_backward()
         return result
 
-    torch.autograd._engine_run_backward = run
+    torch.autograd._engine_run_backward = run  # type: ignore[assignment]
 
 
 def _plain(roots: tuple[Any, ...], args: Any) -> bool:

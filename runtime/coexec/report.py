@@ -10,9 +10,9 @@ from typing import Any
 class Report:
     """Counts since the function was made.
 
-    symbolic: operators put off, a share of all; fetches: source line to (waits, seconds); fallbacks:
-    reason to operators run at once for it; paths: (operators, ends of a call there); stall_s: seconds
-    that Python waited; aside_s: seconds that the other thread computed.
+    symbolic: operators put off, a share of all; fetches: source line to (waits, seconds);
+    fallbacks: reason to operators run at once for it; paths: (operators, calls that ended there);
+    stall_s: seconds that Python waited; aside_s: seconds that the other thread computed.
     """
 
     name: str

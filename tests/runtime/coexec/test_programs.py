@@ -139,7 +139,10 @@ def two_models():
         made = makes(torch.randn(3, 4))
         if kept[0] > 0.5 or call % 2 == 0:
             optimizers[1].zero_grad()
-            loss = F.softplus(judges(made.detach())).mean() + F.softplus(-judges(torch.randn(3, 8))).mean()
+            loss = (
+                F.softplus(judges(made.detach())).mean()
+                + F.softplus(-judges(torch.randn(3, 8))).mean()
+            )
             loss.backward()
             optimizers[1].step()
             kept[0] = loss.item()
@@ -293,9 +296,9 @@ def half_used_generators():
 
     def step(call):
         with torch.no_grad():
-            for k, h in enumerate(states(torch.randn(4, 1, 8))):
-                if k == call % 3:
-                    break
+            generator = states(torch.randn(4, 1, 8))
+            for _ in range(1 + call % 3):
+                h = next(generator)
         return float(h.sum())
 
     return step, layer
