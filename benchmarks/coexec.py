@@ -1,8 +1,7 @@
 """Imperative programs under co-execution, beside eager and torch.compile of module and whole step.
 
-Each program runs in a process of its own, all contenders in turn: one step each a round, medians.
-Warm-up is the time of the first steps beyond that of as many later ones; a contender compiles after
-those before it, with what they left in memory.
+Each contender runs in a process of its own beside eager, one step each a round; medians. A ratio is
+to the eager of the same process. Warm-up is what the first steps took beyond as many later ones.
 """
 
 from __future__ import annotations
@@ -22,62 +21,60 @@ from regraft.benchmarks.programs import PAPER, PROGRAMS
 
 EAGER, MODULE, STEP, REGRAFT = "eager", "compile module", "compile step", "regraft"
 WARM, ROUNDS = 30, 60
+COLUMNS = ("eager steps/s", "steps/s", "ratio", "warm-up s", "mode", "symbolic")
 QUICK = ("BERT-CLS", "DCGAN", "Adam + schedule")
-SECONDS = 1200
+SECONDS = 600
 
 
 def run(quick: bool) -> Result:
     names = QUICK if quick else tuple(PROGRAMS)
     rows: list[dict[str, Any]] = []
-    with progress("coexec", len(names)) as stage:
+    rivals = (REGRAFT, MODULE) if quick else (REGRAFT, MODULE, STEP)
+    with progress("coexec", len(names) * len(rivals)) as stage:
         for name in names:
-            stage(name)
-            rows += _fresh(name)
+            for rival in rivals:
+                stage(f"{name}, {rival}")
+                rows.append(_fresh(name, rival))
     command = f"regraft bench coexec{' --quick' if quick else ''}"
     return Result(command, environment(), rows, _checks(rows), chart="ratio")
 
 
-def _fresh(name: str) -> list[dict[str, Any]]:
-    """The rows of one program, from a process of its own."""
-    command = [sys.executable, "-m", "regraft.benchmarks.coexec", name]
+def _fresh(name: str, rival: str) -> dict[str, Any]:
+    """The row of one program and contender, from a process of its own."""
+    command = [sys.executable, "-m", "regraft.benchmarks.coexec", name, rival]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
     except subprocess.TimeoutExpired:
-        return [_row(name, f"{EAGER}: not within {SECONDS} s")]
+        return _row(name, f"{rival}: not within {SECONDS} s")
     if result.returncode:
         reason = (result.stderr.strip().splitlines() or ["?"])[-1][:160]
-        return [_row(name, f"{EAGER}: {reason}")]
+        return _row(name, f"{rival}: {reason}")
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def measure(name: str) -> list[dict[str, Any]]:
-    """Steps a second of each contender, its ratio to eager and what warming it up took."""
+def measure(name: str, rival: str) -> dict[str, Any]:
+    """Steps a second, the ratio to eager and what warming up took, of a process that did nothing
+    before."""
+    warm: dict[str, float] = {}
     steps: dict[str, Callable[[], Any]] = {}
-    warm, failed = {}, {}
-    for contender in (EAGER, MODULE, STEP, REGRAFT):
+    for contender in (EAGER, rival):
         torch.manual_seed(1)
         start = time.perf_counter()
-        try:
-            step = _contender(contender, name)
-            for _ in range(WARM):
-                step()
-        except Exception as error:
-            failed[contender] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
-            continue
-        steps[contender], warm[contender] = step, time.perf_counter() - start
+        steps[contender] = step = _contender(contender, name)
+        for _ in range(WARM):
+            step()
+        warm[contender] = time.perf_counter() - start
     times = {key: statistics.median(t) for key, t in interleaved(steps, ROUNDS).items()}
-    report = steps[REGRAFT].report() if REGRAFT in steps else None
-    rows = [
-        _row(name, contender) | {
-            "steps/s": 1 / seconds,
-            "ratio": times[EAGER] / seconds,
-            "warm-up s": max(0.0, warm[contender] - WARM * seconds),
-            "mode": report.mode if report and contender == REGRAFT else None,
-            "symbolic": report.symbolic if report and contender == REGRAFT else None,
-        }
-        for contender, seconds in times.items()
-    ]  # fmt: skip
-    return rows + [_row(name, f"{contender}: {why}") for contender, why in failed.items()]
+    row = _row(name, rival) | {
+        "eager steps/s": 1 / times[EAGER],
+        "steps/s": 1 / times[rival],
+        "ratio": times[EAGER] / times[rival],
+        "warm-up s": max(0.0, warm[rival] - WARM * times[rival]),
+    }
+    if rival == REGRAFT:
+        report = steps[rival].report()  # type: ignore[attr-defined]
+        row |= {"mode": report.mode, "symbolic": report.symbolic}
+    return row
 
 
 def _contender(contender: str, name: str) -> Any:
@@ -92,7 +89,7 @@ def _contender(contender: str, name: str) -> Any:
 
 
 def _row(program: str, contender: str) -> dict[str, Any]:
-    empty = dict.fromkeys(("steps/s", "ratio", "warm-up s", "mode", "symbolic"))
+    empty = dict.fromkeys(COLUMNS)
     return {"model": program, "test": contender, **empty}
 
 
@@ -121,4 +118,4 @@ def _checks(rows: list[dict[str, Any]]) -> list[Check]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(sys.argv[1])))
+    print(json.dumps(measure(*sys.argv[1:3])))

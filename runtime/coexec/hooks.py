@@ -6,8 +6,10 @@ on a tape each costs a call.
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
 import os
+import re
 import sys
 import threading
 import weakref
@@ -30,9 +32,17 @@ _MEMORY = ("data_ptr", "untyped_storage", "_typed_storage", "storage", "share_me
 _AUTOGRAD = ("register_hook", "register_post_accumulate_grad_hook", "retain_grad", "is_shared",
              "storage_offset", "_is_view", "requires_grad_")  # fmt: skip
 _PROPERTIES = ("grad_fn", "is_leaf", "_version", "_base", "data", "output_nr", "retains_grad")
-# settings that operators on the tape must not see before their turn
-_SETTINGS = ("set_num_threads", "set_flush_denormal", "use_deterministic_algorithms",
-             "set_float32_matmul_precision", "set_default_dtype", "save")  # fmt: skip
+# settings that operators on the tape must not see before their turn, of torch and of torch._C
+_SETTINGS = ("set_num_threads", "set_flush_denormal", "save", "to_dlpack")
+_BACKENDS = re.compile(
+    "_set_.*(sdp|mkldnn|onednn|nnpack|cudnn|blas|linalg|deterministic|float32|fp32|cpu_allow|dtype)"
+)
+# what other threads are told or given may be what the tape has yet to write
+_HANDOVERS = (
+    (threading.Thread, "start"),
+    (threading.Condition, "notify"),
+    (concurrent.futures.ThreadPoolExecutor, "submit"),
+)
 # make tensors by writing to memory directly
 _MAKERS = ("tensor", "as_tensor", "from_numpy", "frombuffer", "asarray", "from_dlpack")
 
@@ -45,6 +55,10 @@ def install(ext: Any) -> None:
         _wrap_property(ext, name)
     for name in _SETTINGS:
         _wrap_function(ext, torch, name, waits=True)
+    for name in filter(_BACKENDS.match, dir(torch._C)):
+        _wrap_function(ext, torch._C, name, waits=True)
+    for owner, name in _HANDOVERS:
+        _wrap_handover(ext, owner, name)
     for name in _MAKERS:
         _wrap_function(ext, torch, name, waits=False)
     torch.random.default_generator = _Generator(ext, torch.random.default_generator)  # type: ignore[assignment]
@@ -134,6 +148,18 @@ def _wrap_function(ext: Any, module: Any, name: str, waits: bool) -> None:
         return _quiet(ext, original, args, kwargs) if ext.active() else original(*args, **kwargs)
 
     setattr(module, name, function)
+
+
+def _wrap_handover(ext: Any, owner: Any, name: str) -> None:
+    original = getattr(owner, name)
+
+    @functools.wraps(original)
+    def method(*args: Any, **kwargs: Any) -> Any:
+        if ext.active():
+            ext.sync()
+        return original(*args, **kwargs)
+
+    setattr(owner, name, method)
 
 
 class _Generator:

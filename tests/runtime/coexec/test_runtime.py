@@ -3,6 +3,7 @@
 import gc
 import os
 import pickle
+import queue
 import subprocess
 import sys
 import threading
@@ -64,6 +65,50 @@ def test_a_placeholder_on_another_thread_gets_its_value():
     for _ in range(3):
         step(torch.ones(4))
     assert found == [16.0] * 3
+
+
+def test_other_threads_see_what_was_written_before_they_were_told():
+    weight, found, asked, told = torch.zeros(2), [], threading.Event(), queue.Queue()
+
+    def read():
+        for _ in range(3):
+            told.get()
+            found.append(weight.tolist())
+            asked.set()
+
+    def step():
+        weight.add_(1)
+        told.put(None)
+        asked.wait()
+        asked.clear()
+        weight.mul_(2)
+
+    step, thread = regraft.coexecute(step, measure=False), threading.Thread(target=read)
+    thread.start()
+    for _ in range(3):
+        step()
+    thread.join()
+    assert found == [[1, 1], [3, 3], [7, 7]] and weight.tolist() == [14, 14]
+
+
+def test_settings_hold_for_the_operators_before_them():
+    x = torch.randn(1, 2, 8, 16)
+
+    def step():
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            a = F.scaled_dot_product_attention(x, x, x)
+        with torch.backends.mkldnn.flags(enabled=False):
+            b = F.conv2d(x, torch.ones(3, 2, 3, 3))
+        torch.set_default_dtype(torch.float64)
+        c = torch.ones(2, dtype=torch.int64) / 3
+        torch.set_default_dtype(torch.float32)
+        return a, b, c, F.scaled_dot_product_attention(x, x, x), torch.ones(2).long() / 3
+
+    expected, together = step(), regraft.coexecute(step, measure=False)
+    for _ in range(3):
+        found = together()
+        assert all(map(torch.equal, expected, found))
+        assert [t.dtype for t in found] == [t.dtype for t in expected]
 
 
 def test_threads_have_their_own_paths():
