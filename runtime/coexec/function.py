@@ -21,7 +21,8 @@ from regraft.runtime.coexec.hooks import install, wrap_dynamo
 from regraft.runtime.coexec.report import Report
 
 WARM, MOST_WARM, TRIALS, SLOWER = 2, 20, 5, 1.03
-WARMING, TRYING, COEXECUTED, EAGER = "warming up", "on trial", "co-executed", "eager"
+WARMING, TRYING, EAGER = "warming up", "on trial", "eager"
+ASIDE, HERE = "co-executed on two threads", "co-executed on one thread"
 
 log = logging.getLogger("regraft")
 _pool: list[Any] = []
@@ -43,9 +44,10 @@ class Coexecuted:
         if not callable(function):
             raise RegraftError(f"coexecute takes a function or module, not {function!r}")
         functools.update_wrapper(self, function, updated=())
-        self._function, self._measure, self._overlap = function, measure, overlap
-        self._mode, self._calls, self._repeats = WARMING if measure else COEXECUTED, 0, 0
-        self._times: dict[str, list[float]] = {EAGER: [], COEXECUTED: []}
+        self._function, self._overlap = function, overlap
+        self._kinds = (EAGER, HERE, ASIDE) if overlap else (EAGER, HERE)
+        self._mode, self._calls, self._repeats = WARMING if measure else self._kinds[-1], 0, 0
+        self._times: dict[str, list[float]] = {kind: [] for kind in self._kinds}
         self._threads = threading.local()
         self._engines: list[Any] = []
         weakref.finalize(self, _release, self._engines).atexit = False
@@ -56,9 +58,9 @@ class Coexecuted:
             return self._function(*args, **kwargs)
         if inspect.isgeneratorfunction(self._function):
             return _generate(engine, self._overlap, self._function(*args, **kwargs))
-        if self._mode == COEXECUTED:
+        if self._mode not in (WARMING, TRYING):
             self._calls += 1
-            return run(engine, self._overlap, self._function, args, kwargs)
+            return run(engine, self._mode == ASIDE, self._function, args, kwargs)
         return self._try(engine, args, kwargs)
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
@@ -73,8 +75,8 @@ class Coexecuted:
         for engine in self._engines:
             report.add(engine.stats())
         if all(self._times.values()):
-            report.eager_s = statistics.median(self._times[EAGER])
-            report.coexecuted_s = statistics.median(self._times[COEXECUTED])
+            eager, *others = self._medians().values()
+            report.eager_s, report.coexecuted_s = eager, min(others)
         return report
 
     def _engine(self) -> Any:
@@ -85,20 +87,13 @@ class Coexecuted:
         return found
 
     def _try(self, engine: Any, args: Any, kwargs: Any) -> Any:
-        """Warm up until calls repeat; then time calls of both kinds in turn and keep the faster."""
+        """Warm up until calls repeat; then time calls of each kind in turn and keep the fastest."""
         self._calls += 1
-        eager = self._mode == TRYING and self._calls % 2 == 0
-        before, start = engine.stats(), time.perf_counter()
-        if eager:
-            result = self._function(*args, **kwargs)
-        else:
-            result = run(engine, self._overlap, self._function, args, kwargs)
-        seconds, after = time.perf_counter() - start, engine.stats()
         if self._mode == TRYING:
-            self._times[EAGER if eager else COEXECUTED].append(seconds)
-            if min(map(len, self._times.values())) >= TRIALS:
-                self._decide()
-            return result
+            return self._time(engine, args, kwargs)
+        before = engine.stats()
+        result = run(engine, self._overlap, self._function, args, kwargs)
+        after = engine.stats()
         new = {key: after[key] - before[key] for key in ("deferred", "recorded", "at_once")}
         repeats = new["deferred"] * 2 > sum(new.values())
         self._repeats = self._repeats + 1 if repeats else 0
@@ -108,11 +103,28 @@ class Coexecuted:
             self._stay_eager(f"its operators did not repeat in {self._calls} calls")
         return result
 
+    def _time(self, engine: Any, args: Any, kwargs: Any) -> Any:
+        kind = min(self._kinds, key=lambda kind: len(self._times[kind]))
+        start = time.perf_counter()
+        if kind == EAGER:
+            result = self._function(*args, **kwargs)
+        else:
+            result = run(engine, kind == ASIDE, self._function, args, kwargs)
+        self._times[kind].append(time.perf_counter() - start)
+        if min(map(len, self._times.values())) >= TRIALS:
+            self._decide()
+        return result
+
+    def _medians(self) -> dict[str, float]:
+        return {kind: statistics.median(times) for kind, times in self._times.items()}
+
     def _decide(self) -> None:
-        ratio = statistics.median(self._times[COEXECUTED]) / statistics.median(self._times[EAGER])
-        if ratio > SLOWER:
+        medians = self._medians()
+        best = min(self._kinds[1:], key=lambda kind: medians[kind])
+        if medians[best] > SLOWER * medians[EAGER]:
+            ratio = medians[best] / medians[EAGER]
             return self._stay_eager(f"co-execution takes {ratio:.2f} times as long")
-        self._mode = COEXECUTED
+        self._mode = best
 
     def _stay_eager(self, reason: str) -> None:
         self._mode = EAGER
@@ -124,8 +136,15 @@ def coexecute(
 ) -> Any:
     """The function, its Python run as it is and its tensor operators apart, on another thread.
 
-    A decorator, with or without arguments, or a call. measure: time calls of both kinds first and
-    stay eager where that is faster; overlap: use another thread besides Python's.
+    A decorator, with or without arguments, or a call. The first calls record what operators give;
+    later ones put operators off and run them in order, in whole stretches, until Python wants a
+    value. measure: time calls of both kinds first and stay eager where that is faster; overlap: use
+    another thread besides Python's. Values, gradients, random numbers and errors are eager's.
+
+    Not seen: numpy arrays of a tensor made before the first use of co-execution in the process and
+    written while it runs, and ``torch.default_generator``'s own methods (torch.manual_seed and the
+    like are). Backward passes through hooks, functions of one's own or graphs of earlier calls run
+    at once, as does all under autocast or inference mode and on other devices than the CPU.
     """
     if function is None:
         return functools.partial(coexecute, measure=measure, overlap=overlap)
@@ -142,13 +161,14 @@ def coexecution(*, overlap: bool = True) -> Iterator[Callable[[], Report]]:
     """
     ext = extension()
     engine = None if ext is None else new_engine(ext)
-    report = Report("block", EAGER if engine is None else COEXECUTED, 1)
+    mode = EAGER if engine is None else ASIDE if overlap else HERE
+    report = Report("block", mode, 1)
     if engine is None or not _enter(engine, False, overlap):
         yield lambda: report
         return
 
     def now() -> Report:
-        found = Report("block", COEXECUTED, 1)
+        found = Report("block", mode, 1)
         found.add(engine.stats())
         return found
 

@@ -359,10 +359,12 @@ def test_what_does_not_repeat_or_win_stays_eager_and_says_so_once(notices):
 
 def test_calls_are_timed_before_one_kind_is_kept():
     step = regraft.coexecute(forward)
-    for _ in range(20):
+    for _ in range(25):
         step(torch.ones(3))
     report = step.report()
-    assert report.mode in ("eager", "co-executed") and report.eager_s and report.coexecuted_s
+    assert (
+        report.mode.startswith(("eager", "co-executed")) and report.eager_s and report.coexecuted_s
+    )
     assert "ms eager" in str(report)
 
 
