@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 class Program:
     model: nn.Module
+    optimizer: torch.optim.Optimizer
     forward: Callable[..., Any]
 
     def __init__(self) -> None:
@@ -33,6 +34,11 @@ class Program:
         optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
         self.kept.append(optimizer)
         return optimizer
+
+    def learn(self, loss: Tensor) -> None:
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
 
 
 class Block(nn.Module):

@@ -23,11 +23,9 @@ class BertCls(Program):
 
     def step(self) -> Any:
         ids, labels = self.batches[self.turn % 10]
-        self.optimizer.zero_grad()
         logits = self.forward(ids).mean(1)
         loss = F.cross_entropy(logits, labels)
-        loss.backward()
-        self.optimizer.step()
+        self.learn(loss)
         found, wanted = logits.detach().argmax(-1).numpy(), labels.numpy()
         np.add.at(self.confusion, (wanted, found), 1)
         self.log.append(json.dumps({"step": self.turn, "loss": loss.item()}))
@@ -49,9 +47,7 @@ class BertQA(Program):
         which = self.turn % 8
         start, end = self.forward(self.ids[which]).unbind(-1)
         loss = F.cross_entropy(start, self.starts[which]) + F.cross_entropy(end, self.ends[which])
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
+        self.learn(loss)
         if self.turn % 5 == 0:
             found = zip(start.argmax(-1).tolist(), end.argmax(-1).tolist(), strict=True)
             truth = zip(self.starts[which].tolist(), self.ends[which].tolist(), strict=True)
@@ -78,9 +74,7 @@ class MusicTransformer(Program):
         notes = self.notes[self.turn % 6]
         logits = self.forward(notes[:, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1), notes[:, 1:].flatten())
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
+        self.learn(loss)
         maps = [block.attention for block in self.model.blocks]
         if self.turn % 4 == 0:
             self.log.append([round(float(m.max()), 6) for m in maps])
@@ -99,9 +93,7 @@ class GPT2(Program):
     def step(self) -> Any:
         ids = self.text[self.turn % 6]
         loss = F.cross_entropy(self.forward(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
+        self.learn(loss)
         if self.turn % 4 == 0:
             self.log.append(self._sample())
         self.turn += 1

@@ -79,9 +79,7 @@ class Reinforce(Program):
             returns.insert(0, total)
         gain = torch.tensor(returns)
         loss = -(torch.stack(chances) * (gain - gain.mean())).sum()
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
+        self.learn(loss)
         self.turn += 1
         return len(rewards), loss.item()
 

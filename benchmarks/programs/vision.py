@@ -21,6 +21,15 @@ def conv(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
+class Classifier(Program):
+    def __init__(self) -> None:
+        super().__init__()
+        self.images, self.labels = torch.randn(6, 8, 3, 16, 16), torch.randint(5, (6, 8))
+
+    def batch(self) -> tuple[Tensor, Tensor]:
+        return self.images[self.turn % 6], self.labels[self.turn % 6]
+
+
 class Dropping(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -37,20 +46,18 @@ class Dropping(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-class DropBlock(Program):
+class DropBlock(Classifier):
     """The probability to keep a block is an attribute that decays."""
 
     def build(self) -> None:
         self.model = self.forward = Dropping()
         self.optimizer = self.sgd(self.model)
-        self.images, self.labels = torch.randn(6, 8, 3, 16, 16), torch.randint(5, (6, 8))
 
     def step(self) -> Any:
         self.model.keep = max(0.7, self.model.keep - 0.01)
-        loss = F.cross_entropy(self.forward(self.images[self.turn % 6]), self.labels[self.turn % 6])
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
+        images, labels = self.batch()
+        loss = F.cross_entropy(self.forward(images), labels)
+        self.learn(loss)
         self.turn += 1
         return loss.item(), self.model.keep
 
@@ -70,21 +77,19 @@ class Downsampling(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-class SDPoint(Program):
+class SDPoint(Classifier):
     """Where and by how much to downsample is drawn at every step and kept on the module."""
 
     def build(self) -> None:
         self.model = self.forward = Downsampling()
         self.optimizer, self.draw = self.sgd(self.model), random.Random(0)
-        self.images, self.labels = torch.randn(6, 8, 3, 16, 16), torch.randint(5, (6, 8))
 
     def step(self) -> Any:
         self.model.point = self.draw.randrange(3)
         self.model.ratio = self.draw.choice([0.5, 0.75, 1.0])
-        loss = F.cross_entropy(self.forward(self.images[self.turn % 6]), self.labels[self.turn % 6])
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
+        images, labels = self.batch()
+        loss = F.cross_entropy(self.forward(images), labels)
+        self.learn(loss)
         self.turn += 1
         return loss.item(), self.model.point
 
@@ -140,9 +145,7 @@ class FasterRCNN(Program):
             losses.append(F.binary_cross_entropy_with_logits(scores[image], target))
             counts.append(len(kept))
         loss = torch.stack(losses).sum() + boxes.pow(2).mean()
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
+        self.learn(loss)
         self.turn += 1
         return loss.item(), counts
 
@@ -209,9 +212,7 @@ class YOLOv3(Program):
                 target[image, 5 + kind, row, column] = 1.0
                 weight[image, :, row, column] = 1.0
         loss = (weight * (found - target).pow(2)).sum() / 4
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
+        self.learn(loss)
         self.turn += 1
         return loss.item()
 
@@ -227,7 +228,7 @@ class Residual(nn.Module):
         return F.relu(self.second(self.first(x)) + self.short(x))
 
 
-class ResNet(Program):
+class ResNet(Classifier):
     """Eight layers, a learning rate that changes every step and running means for the log."""
 
     def build(self) -> None:
@@ -236,16 +237,13 @@ class ResNet(Program):
         self.model = self.forward = nn.Sequential(conv(3, 8), *blocks, *head)
         self.optimizer = self.sgd(self.model)
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, 100)
-        self.images, self.labels = torch.randn(6, 8, 3, 16, 16), torch.randint(5, (6, 8))
         self.meters = {"loss": 0.0, "right": 0.0}
 
     def step(self) -> Any:
-        labels = self.labels[self.turn % 6]
-        logits = self.forward(self.images[self.turn % 6])
+        images, labels = self.batch()
+        logits = self.forward(images)
         loss = F.cross_entropy(logits, labels)
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
+        self.learn(loss)
         self.schedule.step()
         new = {"loss": loss.item(), "right": (logits.argmax(-1) == labels).float().mean().item()}
         for name, value in new.items():
