@@ -11,6 +11,7 @@ SUITES = {
     "onnx-models": "regraft.benchmarks.onnx_models",
     "onnx-import": "regraft.benchmarks.onnx_import",
     "onnx-files": "regraft.benchmarks.onnx_files",
+    "coexec": "regraft.benchmarks.coexec",
     "prune": "regraft.benchmarks.prune",
     "prune-topics": "regraft.benchmarks.prune_topics",
     "prune-latency": "regraft.benchmarks.prune_latency",

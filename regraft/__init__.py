@@ -13,6 +13,8 @@ if (_checkout / "kernels").is_dir() and (_checkout / "passes").is_dir():
 _public = {
     "compile": "regraft.compiler",
     "load": "regraft.compiler",
+    "coexecute": "regraft.runtime.coexec.function",
+    "coexecution": "regraft.runtime.coexec.function",
     "Compiled": "regraft.runtime.causal_lm",
     "Program": "regraft.program",
     "Pass": "regraft.passes.base",

@@ -1,0 +1,242 @@
+"""Functions and blocks whose tensor operators run apart from the Python that issues them."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import statistics
+import sys
+import threading
+import time
+import types
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from regraft.program.errors import RegraftError
+from regraft.runtime.coexec.build import extension
+from regraft.runtime.coexec.hooks import install, wrap_dynamo
+from regraft.runtime.coexec.report import Report
+
+WARM, MOST_WARM, TRIALS, WORTH, AGAIN = 2, 20, 5, 0.98, 256
+WARMING, TRYING, EAGER = "warming up", "on trial", "eager"
+ASIDE, HERE = "co-executed on two threads", "co-executed on one thread"
+
+log = logging.getLogger("regraft")
+_pool: list[Any] = []
+
+
+class Coexecuted:
+    """A function under co-execution; calling it is calling the function.
+
+    Raises what the function raises. An error that depends on values (an index out of range) comes
+    where Python next waits for a value, as it does on CUDA.
+    """
+
+    def __init__(self, function: Callable[..., Any], measure: bool, overlap: bool) -> None:
+        if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+            raise RegraftError(
+                f"coexecute({_name(function)}): asynchronous functions change threads and order; "
+                "co-execute the functions that they call"
+            )
+        if not callable(function):
+            raise RegraftError(f"coexecute takes a function or module, not {function!r}")
+        functools.update_wrapper(self, function, updated=())
+        self._function, self._measure, self._overlap = function, measure, overlap
+        self._kinds = (EAGER, HERE, ASIDE) if overlap else (EAGER, HERE)
+        self._mode, self._calls, self._repeats = WARMING if measure else self._kinds[-1], 0, 0
+        self._times: dict[str, list[float]] = {kind: [] for kind in self._kinds}
+        self._threads = threading.local()
+        self._engines: list[Any] = []
+        weakref.finalize(self, _release, self._engines).atexit = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        engine = self._engine()
+        if engine is None or self._mode == EAGER:
+            return self._function(*args, **kwargs)
+        if inspect.isgeneratorfunction(self._function):
+            return _generate(engine, self._overlap, self._function(*args, **kwargs))
+        if self._mode not in (WARMING, TRYING):
+            self._calls += 1
+            if self._measure and self._calls % AGAIN == 0:  # the machine may be busier than it was
+                self._mode, self._times = TRYING, {kind: [] for kind in self._kinds}
+            aside = self._mode == ASIDE or (self._mode == TRYING and self._overlap)
+            return run(engine, aside, self._function, args, kwargs)
+        return self._try(engine, args, kwargs)
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        return self if instance is None else types.MethodType(self, instance)
+
+    def __reduce__(self) -> str:
+        return self.__qualname__
+
+    def report(self) -> Report:
+        """What ran how so far."""
+        report = Report(_name(self._function), self._mode, self._calls)
+        for engine in self._engines:
+            report.add(engine.stats())
+        if all(self._times.values()):
+            eager, *others = self._medians().values()
+            report.eager_s, report.coexecuted_s = eager, min(others)
+        return report
+
+    def _engine(self) -> Any:
+        found = getattr(self._threads, "engine", None)
+        if found is None and (ext := extension()) is not None:
+            found = self._threads.engine = new_engine(ext)
+            self._engines.append(found)
+        return found
+
+    def _try(self, engine: Any, args: Any, kwargs: Any) -> Any:
+        """Warm up until calls repeat; then time calls of each kind in turn and keep the fastest."""
+        self._calls += 1
+        if self._mode == TRYING:
+            return self._time(engine, args, kwargs)
+        before = engine.stats()
+        result = run(engine, self._overlap, self._function, args, kwargs)
+        after = engine.stats()
+        new = {key: after[key] - before[key] for key in ("deferred", "recorded", "at_once")}
+        repeats = new["deferred"] * 2 > sum(new.values())
+        self._repeats = self._repeats + 1 if repeats else 0
+        if self._repeats >= WARM:
+            self._mode = TRYING
+        elif self._calls >= MOST_WARM:
+            self._stay_eager(f"its operators did not repeat in {self._calls} calls")
+        return result
+
+    def _time(self, engine: Any, args: Any, kwargs: Any) -> Any:
+        kind = min(self._kinds, key=lambda kind: len(self._times[kind]))
+        start = time.perf_counter()
+        if kind == EAGER:
+            result = self._function(*args, **kwargs)
+        else:
+            result = run(engine, kind == ASIDE, self._function, args, kwargs)
+        self._times[kind].append(time.perf_counter() - start)
+        if min(map(len, self._times.values())) >= TRIALS:
+            self._decide()
+        return result
+
+    def _medians(self) -> dict[str, float]:
+        return {kind: statistics.median(times) for kind, times in self._times.items()}
+
+    def _decide(self) -> None:
+        medians = self._medians()
+        best = min(self._kinds[1:], key=lambda kind: medians[kind])
+        ratio = medians[best] / medians[EAGER]
+        if ratio > WORTH:
+            return self._stay_eager(f"co-execution takes {ratio:.2f} times as long")
+        self._mode = best
+
+    def _stay_eager(self, reason: str) -> None:
+        self._mode = EAGER
+        log.warning("regraft: %s stays eager: %s", _name(self._function), reason)
+
+
+def coexecute(
+    function: Callable[..., Any] | None = None, *, measure: bool = True, overlap: bool = True
+) -> Any:
+    """The function, its Python run as it is and its tensor operators apart, on another thread.
+
+    A decorator, with or without arguments, or a call. The first calls record what operators give;
+    later ones put operators off and run them in order, in whole stretches, until Python wants a
+    value. measure: time calls of both kinds first and stay eager where that is faster; overlap: use
+    another thread besides Python's. Values, gradients, random numbers and errors are eager's.
+
+    Not seen: numpy arrays of a tensor made before the first use of co-execution in the process and
+    written while it runs, and ``torch.default_generator``'s own methods (torch.manual_seed and the
+    like are). Backward passes through hooks, functions of one's own or graphs of earlier calls run
+    at once, as does all under autocast or inference mode and on other devices than the CPU.
+    """
+    if function is None:
+        return functools.partial(coexecute, measure=measure, overlap=overlap)
+    if isinstance(function, Coexecuted):
+        return function
+    return Coexecuted(function, measure, overlap)
+
+
+@contextmanager
+def coexecution(*, overlap: bool = True) -> Iterator[Callable[[], Report]]:
+    """The block under co-execution; gives a function that reports on it.
+
+    All values are there when the block ends. Inside another one it does nothing of its own.
+    """
+    ext = extension()
+    engine = None if ext is None else new_engine(ext)
+    mode = EAGER if engine is None else ASIDE if overlap else HERE
+    report = Report("block", mode, 1)
+    if engine is None or not _enter(engine, False, overlap):
+        yield lambda: report
+        return
+
+    def now() -> Report:
+        found = Report("block", mode, 1)
+        found.add(engine.stats())
+        return found
+
+    try:
+        yield now
+    except BaseException as error:
+        _leave(engine, error)
+        raise
+    _leave(engine, None)
+
+
+def new_engine(ext: Any) -> Any:
+    install(ext)
+    return _pool.pop() if _pool else ext.new_engine()
+
+
+def run(engine: Any, overlap: bool, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    if not _enter(engine, True, overlap):
+        return function(*args, **kwargs)
+    try:
+        result = function(*args, **kwargs)
+    except BaseException as error:
+        _leave(engine, error)
+        raise
+    _leave(engine, None)
+    return result
+
+
+def _enter(engine: Any, anchored: bool, overlap: bool) -> bool:
+    if "torch._dynamo.eval_frame" in sys.modules:
+        wrap_dynamo(extension())
+    return engine.enter(anchored, overlap)
+
+
+def _leave(engine: Any, error: BaseException | None) -> None:
+    """An operator's error comes before that of the Python that ran ahead of it."""
+    try:
+        engine.leave()
+    except Exception as earlier:
+        raise earlier from error
+
+
+def _generate(engine: Any, overlap: bool, generator: Any) -> Any:
+    """The generator, each of its turns under co-execution."""
+    turn: Callable[..., Any] = generator.__next__
+    value: tuple[Any, ...] = ()
+    while True:
+        try:
+            item = run(engine, overlap, turn, value, {})
+        except StopIteration as stop:
+            return stop.value
+        try:
+            turn, value = generator.send, ((yield item),)
+        except GeneratorExit:
+            generator.close()
+            raise
+        except BaseException as error:
+            turn, value = generator.throw, (error,)
+
+
+def _release(engines: list[Any]) -> None:
+    for engine in engines:
+        engine.forget()
+        _pool.append(engine)
+
+
+def _name(function: Any) -> str:
+    return getattr(function, "__qualname__", type(function).__name__)

@@ -1,0 +1,151 @@
+// The Python module.
+#include <torch/library.h>
+
+#include "interceptor.h"
+
+TORCH_LIBRARY_IMPL(_, TESTING_ONLY_GenericMode, m) {
+  m.fallback(torch::CppFunction::makeFromBoxedFunction<&regraft::intercept>());
+}
+TORCH_LIBRARY_IMPL(_, TESTING_ONLY_GenericWrapper, m) {
+  m.fallback(torch::CppFunction::makeFromBoxedFunction<&regraft::materialise>());
+}
+
+namespace regraft {
+
+// Engines are reused, never freed: placeholders may outlive the function they come from.
+static std::vector<Engine*>& engines() {
+  static auto& all = *new std::vector<Engine*>();
+  return all;
+}
+
+// Errors of torch keep their Python types.
+template <typename F>
+static auto translated(F&& f) -> decltype(f()) {
+  try {
+    return f();
+  } catch (py::error_already_set&) {
+    throw;
+  } catch (...) {
+    torch::translate_exception_to_python(std::current_exception());
+    throw py::error_already_set();
+  }
+}
+
+static void include(bool on) { c10::impl::tls_set_dispatch_key_included(MODE, on); }
+static bool included() {
+  return c10::impl::tls_local_dispatch_key_set().included_.has(MODE);
+}
+
+// Values that this tensor needs are there afterwards; null: all of this thread, or of all threads.
+static void sync(const std::optional<at::Tensor>& tensor) {
+  if (tensor)
+    if (const auto* placeholder = as_pending(*tensor)) {
+      if (placeholder->engine == Engine::active()) fetch(*Engine::active());
+      else Engine::materialise(placeholder);
+      if (Engine::active()) Engine::active()->touch(*tensor);
+      return;
+    }
+  if (Engine::active()) {
+    if (!tensor || Engine::active()->depends(*tensor)) fetch(*Engine::active());
+    if (tensor) Engine::active()->touch(*tensor);
+    return;
+  }
+  for (auto* engine : engines())
+    if (!engine->tape.idle()) {
+      py::gil_scoped_release unlocked;
+      engine->tape.drain();
+    }
+}
+
+static bool enter(Engine& engine, bool anchored, bool overlap) {
+  if (Engine::active()) return false;
+  engine.anchored = anchored, engine.overlap = overlap;
+  engine.restart_path();
+  Engine::active() = &engine;
+  include(true);
+  return true;
+}
+
+static void leave(Engine& engine) {
+  include(false);
+  struct Reset {
+    Engine& engine;
+    ~Reset() { Engine::active() = nullptr, engine.restart_path(); }
+  } reset{engine};
+  engine.flush();
+}
+
+static py::dict stats(Engine& engine) {
+  py::dict d;
+  d["deferred"] = engine.deferred, d["recorded"] = engine.recorded;
+  d["at_once"] = engine.at_once, d["backwards"] = engine.backwards;
+  d["backwards_eager"] = engine.backwards_eager, d["stall_s"] = engine.stall_ns * 1e-9;
+  d["executed_here"] = engine.tape.executed_here.load();
+  d["executed_aside"] = engine.tape.executed_aside.load();
+  d["aside_s"] = engine.tape.aside_ns.load() * 1e-9;
+  d["nodes"] = engine.graph->size(), d["reasons"] = engine.reasons;
+  py::dict fetches;
+  for (const auto& [line, fetch] : engine.fetches)
+    fetches[py::str(line)] = py::make_tuple(fetch.count, fetch.ns * 1e-9);
+  d["fetches"] = fetches;
+  py::list paths;
+  for (const auto& [node, depth] : engine.graph->ends()) paths.append(py::make_tuple(depth, node->ends));
+  d["paths"] = paths;
+  return d;
+}
+
+}  // namespace regraft
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  using namespace regraft;
+  py::class_<Engine, std::unique_ptr<Engine, py::nodelete>>(m, "Engine")
+      .def("enter", &enter)
+      .def("leave", [](Engine& e) { translated([&] { leave(e); }); })
+      .def("stats", &stats)
+      .def("forget", [](Engine& e) { translated([&] { e.flush(), e.clear(); }); });
+  m.def("new_engine", [] {
+    engines().push_back(new Engine());
+    return engines().back();
+  }, py::return_value_policy::reference);
+  m.def("active", [] { return Engine::active() && !Engine::active()->paused; });
+  m.def("pause", [](bool on) { if (Engine::active()) Engine::active()->paused = on; });
+  m.def("sync", [](const std::optional<at::Tensor>& t) { translated([&] { sync(t); }); },
+        py::arg("tensor") = py::none());
+  m.def("is_pending", [](const at::Tensor& t) { return as_pending(t) != nullptr; });
+  m.def("escape", [](const at::Tensor& t) {
+    return reinterpret_cast<uintptr_t>(Foreign::escape(t));
+  });
+  m.def("give_back", [](uintptr_t storage) {
+    Foreign::give_back(reinterpret_cast<const void*>(storage));
+  });
+  // The interceptor off on this thread; what was there before.
+  m.def("suspend", [] {
+    const bool on = included();
+    if (on) include(false);
+    return on;
+  });
+  m.def("resume", [](bool on) { if (on) include(true); });
+  m.def("taint", [] { if (Engine::active()) Engine::active()->taint(); });
+  m.def("backward", [](const std::vector<at::Tensor>& roots, const std::vector<at::Tensor>& seeds,
+                       bool keep_graph) {
+    return translated([&] {
+      return static_cast<int>(Engine::active()->begin_backward(roots, seeds, keep_graph));
+    });
+  });
+  m.def("end_backward", [] { translated([] { Engine::active()->end_backward(); }); });
+  m.def("before_fork", [] {
+    py::gil_scoped_release unlocked;
+    for (auto* engine : engines()) engine->tape.before_fork();
+  });
+  m.def("after_fork_in_parent", [] {
+    for (auto* engine : engines()) engine->tape.after_fork_in_parent();
+  });
+  m.def("after_fork_in_child", [] {
+    for (auto* engine : engines()) engine->tape.after_fork_in_child();
+  });
+  m.def("stop_workers", [] {
+    py::gil_scoped_release unlocked;
+    for (auto* engine : engines()) engine->tape.drain(), engine->tape.stop_worker();
+  });
+  m.def("own_folder", [](const std::string& folder) { own_folder() = folder; });
+}

@@ -1,0 +1,437 @@
+"""Threads, errors, memory, processes and other ways to use co-execution, and the report."""
+
+import gc
+import os
+import pickle
+import queue
+import subprocess
+import sys
+import threading
+import time
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import regraft
+from regraft.runtime.coexec.build import extension
+
+
+def forward(x):
+    for _ in range(30):
+        x = torch.tanh(x * 1.01 + 0.1)
+    return x
+
+
+def test_operators_are_put_off_until_a_value_is_wanted():
+    with regraft.coexecution() as report:
+        for _ in range(2):
+            y = torch.ones(3) + 1
+        assert extension().is_pending(y)
+        assert y.shape == (3,) and y.dtype == torch.float32 and not y.requires_grad
+        assert extension().is_pending(y)
+        assert y.tolist() == [2, 2, 2] and not extension().is_pending(y)
+        z = y * 3
+    assert not extension().is_pending(z)
+    assert report().deferred > 0 and any(__file__ in line for line in report().fetches)
+
+
+def test_long_programs_run_on_another_thread():
+    def busy(x):
+        y = forward(x)
+        time.sleep(0.1)  # Python at work on something else
+        return y
+
+    step = regraft.coexecute(busy, measure=False)
+    x = torch.randn(8)
+    for _ in range(4):
+        assert torch.equal(step(x), forward(x))
+    assert step.report().executed_aside > 0
+
+
+def test_a_value_is_read_after_all_writes_to_it():
+    """The other thread has made the tensor and some of the writes; the rest are still to come."""
+
+    def step():
+        a = torch.ones(1) * 2
+        for _ in range(70):
+            a.add_(1)
+        time.sleep(0.05)
+        return a.item()
+
+    step = regraft.coexecute(step, measure=False)
+    assert [step() for _ in range(4)] == [72] * 4
+    assert step.report().executed_aside > 0
+
+
+def test_a_placeholder_on_another_thread_gets_its_value():
+    found = []
+
+    def step(x):
+        y = x * 2 + 1
+        thread = threading.Thread(target=lambda: found.append((y + 1).sum().item()))
+        thread.start()
+        thread.join()
+        return y * 3
+
+    step = regraft.coexecute(step, measure=False)
+    for _ in range(3):
+        step(torch.ones(4))
+    assert found == [16.0] * 3
+
+
+def test_other_threads_see_what_was_written_before_they_were_told():
+    weight, found, asked, told = torch.zeros(2), [], threading.Event(), queue.Queue()
+
+    def read():
+        for _ in range(3):
+            told.get()
+            found.append(weight.tolist())
+            asked.set()
+
+    def step():
+        weight.add_(1)
+        told.put(None)
+        asked.wait()
+        asked.clear()
+        weight.mul_(2)
+
+    step, thread = regraft.coexecute(step, measure=False), threading.Thread(target=read)
+    thread.start()
+    for _ in range(3):
+        step()
+    thread.join()
+    assert found == [[1, 1], [3, 3], [7, 7]] and weight.tolist() == [14, 14]
+
+
+def test_settings_hold_for_the_operators_before_them():
+    x = torch.randn(1, 2, 8, 16)
+
+    def step():
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            a = F.scaled_dot_product_attention(x, x, x)
+        with torch.backends.mkldnn.flags(enabled=False):
+            b = F.conv2d(x, torch.ones(3, 2, 3, 3))
+        torch.set_default_dtype(torch.float64)
+        c = torch.ones(2, dtype=torch.int64) / 3
+        torch.set_default_dtype(torch.float32)
+        return a, b, c, F.scaled_dot_product_attention(x, x, x), torch.ones(2).long() / 3
+
+    expected, together = step(), regraft.coexecute(step, measure=False)
+    for _ in range(3):
+        found = together()
+        assert all(map(torch.equal, expected, found))
+        assert [t.dtype for t in found] == [t.dtype for t in expected]
+
+
+def test_threads_have_their_own_paths():
+    layer = nn.Linear(8, 8)
+
+    @regraft.coexecute(measure=False)
+    def step(x):
+        loss = layer(forward(x)).sum()
+        return loss.item(), torch.autograd.grad(loss, layer.weight)[0]
+
+    inputs = [torch.randn(4, 8) for _ in range(4)]
+    expected, found = [step(x) for x in inputs], [[] for _ in inputs]
+
+    def work(place):
+        for _ in range(10):
+            found[place].append(step(inputs[place]))
+
+    threads = [threading.Thread(target=work, args=(place,)) for place in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for (value, grad), results in zip(expected, found, strict=True):
+        assert len(results) == 10
+        assert all(v == value and torch.equal(g, grad) for v, g in results)
+
+
+def test_errors_keep_their_type_and_leave_the_function_usable():
+    table = nn.Embedding(4, 2)
+
+    @regraft.coexecute(measure=False)
+    def step(index, shape):
+        x = table(torch.tensor([index])) * 2
+        return x.view(shape).sum().item()
+
+    expected = [step(1, (2,)) for _ in range(3)]
+    with pytest.raises(RuntimeError, match="shape"):
+        step(1, (3,))
+    with pytest.raises(IndexError):
+        step(9, (2,))
+    assert step(1, (2,)) == expected[0]
+    with pytest.raises(IndexError):
+        step(-7, (2,))
+    assert [step(1, (2,)) for _ in range(3)] == expected
+    assert step.report().fallbacks["raised: aten::embedding"] == 1
+
+
+def test_an_exception_of_the_program_leaves_what_ran_before_it():
+    weight = torch.zeros(3)
+
+    @regraft.coexecute(measure=False)
+    def step(call):
+        weight.add_(1)
+        if call % 3 == 2:
+            raise ValueError(call)
+        weight.mul_(2)
+
+    mirror = torch.zeros(3)
+    for call in range(9):
+        mirror.add_(1)
+        if call % 3 == 2:
+            with pytest.raises(ValueError):
+                step(call)
+        else:
+            step(call)
+            mirror.mul_(2)
+        assert torch.equal(weight, mirror)
+
+
+def test_a_value_that_never_came_says_so():
+    table, kept = torch.ones(3), []
+
+    @regraft.coexecute(measure=False)
+    def step(index):
+        kept.append(table.index_select(0, torch.tensor([index])) + 1)
+
+    step(0), step(1)
+    with pytest.raises((IndexError, RuntimeError)):
+        step(7)
+    with pytest.raises(RuntimeError, match="no value"):
+        kept[-1].sum()
+    with pytest.raises(RuntimeError, match="no value"):
+        kept[-1].tolist()
+    assert kept[1].item() == 2
+
+
+def test_memory_is_freed_when_python_drops_it():
+    model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 1))
+    optimizer = torch.optim.Adam(model.parameters())
+    seen = []
+
+    @regraft.coexecute(measure=False)
+    def step(x):
+        optimizer.zero_grad()
+        h = model[1](model[0](x))
+        seen.append(weakref.ref(h))
+        loss = model[2](h).sum()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    def tensors():
+        gc.collect()
+        return sum(isinstance(item, torch.Tensor) for item in gc.get_objects())
+
+    for _ in range(20):
+        step(torch.randn(4, 32))
+    nodes, count = step.report().nodes, tensors()
+    for _ in range(1000):
+        step(torch.randn(4, 32))
+    assert step.report().nodes == nodes and tensors() <= count
+    assert not any(reference() is not None for reference in seen)
+
+
+def test_paths_without_end_are_bounded():
+    @regraft.coexecute(measure=False)
+    def step(count):
+        x = torch.ones(2)
+        for _ in range(count):
+            x = x + 1
+        return x[0].item()
+
+    assert [step(count) for count in (3, 30, 25000)] == [4, 31, 25001]
+    assert step.report().nodes <= 50000
+
+
+def test_nested_use_and_methods():
+    class Model:
+        scale = 2
+
+        @regraft.coexecute(measure=False)
+        def double(self, x):
+            return x * self.scale
+
+    model = Model()
+    outer = regraft.coexecute(lambda x: model.double(model.double(x)) + 1, measure=False)
+    with regraft.coexecution():
+        for _ in range(3):
+            assert outer(torch.ones(2)).tolist() == [5, 5]
+    assert regraft.coexecute(outer) is outer
+
+
+@regraft.coexecute(measure=False)
+def doubled(x):
+    return x * 2
+
+
+def test_pickle_is_by_name_and_asynchronous_functions_are_refused():
+    assert pickle.loads(pickle.dumps(doubled)) is doubled
+
+    async def later():
+        pass
+
+    with pytest.raises(regraft.RegraftError, match="asynchronous"):
+        regraft.coexecute(later)
+    with pytest.raises(regraft.RegraftError, match="function"):
+        regraft.coexecute(3)
+
+
+def test_generator_functions():
+    @regraft.coexecute(measure=False)
+    def running(xs):
+        total = torch.zeros(2)
+        for x in xs:
+            got = yield (total := total + x)
+            total = total if got is None else total * got
+        return total
+
+    def collect():
+        generator = running([torch.ones(2)] * 4)
+        found = [next(generator), generator.send(3.0), next(generator)]
+        generator.close()
+        return [t.tolist() for t in found]
+
+    assert [collect() for _ in range(3)] == [[[1, 1], [4, 4], [5, 5]]] * 3
+
+
+def test_a_forked_child_goes_on():
+    step = regraft.coexecute(forward, measure=False)
+    expected = step(torch.ones(4))
+    for _ in range(3):
+        step(torch.ones(4))
+    pid = os.fork()
+    if pid == 0:
+        fine = all(torch.equal(step(torch.ones(4)), expected) for _ in range(3))
+        os._exit(0 if fine else 1)
+    assert os.waitpid(pid, 0)[1] == 0
+    assert torch.equal(step(torch.ones(4)), expected)
+
+
+def test_other_devices_and_kinds_run_as_they_are():
+    @regraft.coexecute(measure=False)
+    def step():
+        a = torch.ones(3, device="meta") * 2
+        b = torch.eye(3).to_sparse() * 2
+        c = torch.func.vmap(lambda x: x * 2)(torch.ones(3))
+        d = torch.func.grad(lambda x: (x * x).sum())(torch.ones(3))
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(torch.ones(2), torch.ones(2))
+            e = torch.autograd.forward_ad.unpack_dual(dual * dual).tangent
+        return a.shape, b.to_dense().sum().item(), c.tolist(), d.tolist(), e.tolist()
+
+    expected = ((3,), 6.0, [2.0] * 3, [2.0] * 3, [2.0] * 2)
+    assert [step() for _ in range(3)] == [expected] * 3
+    assert "a device without back end" in step.report().fallbacks
+
+
+def test_torch_compile_inside():
+    layer = nn.Linear(4, 4)
+    inner = torch.compile(lambda x: layer(x).relu() + 1, backend="aot_eager")
+    step = regraft.coexecute(lambda x: inner(x * 2) * 3, measure=False)
+    x = torch.randn(2, 4)
+    expected = (layer(x * 2).relu() + 1) * 3
+    for _ in range(4):
+        assert torch.equal(step(x), expected)
+    step(x).sum().backward()
+    assert layer.weight.grad is not None
+
+
+def test_gradients_through_checkpoints_and_saved_tensor_hooks():
+    def train(wrap):
+        torch.manual_seed(0)
+        a, b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def step():
+            x = torch.utils.checkpoint.checkpoint(a, torch.ones(2, 4), use_reentrant=False)
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: t * 1, lambda t: t):
+                x = b(x).tanh()
+            x.sum().backward()
+
+        step = wrap(step)
+        for _ in range(4):
+            step()
+        return [p.grad for p in (*a.parameters(), *b.parameters())]
+
+    found = train(lambda f: regraft.coexecute(f, measure=False))
+    assert all(map(torch.equal, train(lambda f: f), found))
+
+
+def test_what_does_not_repeat_or_win_stays_eager_and_says_so_once(notices):
+    sizes = iter(range(1, 1000))
+    step = regraft.coexecute(lambda: torch.ones(next(sizes)).cumsum(0).sum())
+    for call in range(1, 40):
+        assert step() == call * (call + 1) / 2
+    assert step.report().mode == "eager"
+    assert [("did not repeat" in notice) for notice in notices] == [True]
+
+
+def test_calls_are_timed_before_one_kind_is_kept():
+    step, expected = regraft.coexecute(forward), forward(torch.ones(3))
+    for _ in range(600):
+        assert torch.equal(step(torch.ones(3)), expected)
+    report = step.report()
+    assert (
+        report.mode.startswith(("eager", "co-executed")) and report.eager_s and report.coexecuted_s
+    )
+    assert "ms eager" in str(report)
+
+
+NO_COMPILER = """
+import logging, torch, regraft
+logging.basicConfig()
+step = regraft.coexecute(lambda x: x * 2)
+with regraft.coexecution() as report:
+    print([step(torch.ones(2)).tolist() for _ in range(3)], report().mode)
+"""
+
+
+def test_without_a_compiler_programs_run_as_they_are(tmp_path):
+    environment = {**os.environ, "PATH": "", "CXX": "", "REGRAFT_CACHE": str(tmp_path)}
+    result = subprocess.run([sys.executable, "-c", NO_COMPILER], env=environment, text=True,
+                            capture_output=True)  # fmt: skip
+    assert result.stdout.strip() == "[[2.0, 2.0], [2.0, 2.0], [2.0, 2.0]] eager"
+    assert result.stderr.count("co-execution is off") == 1
+
+
+def test_operators_of_others_run_at_once():
+    library = torch.library.Library("regraft_coexec_test", "DEF")
+    library.define("first(Tensor x) -> Tensor")
+    library.impl("first", lambda x: x[: int(x[0])].clone(), "CPU")
+
+    @regraft.coexecute(measure=False)
+    def step(n):
+        return torch.ops.regraft_coexec_test.first(torch.full((4,), n)).tolist()
+
+    assert [step(n) for n in (1, 2, 1, 3)] == [[1], [2, 2], [1], [3, 3, 3]]
+
+
+def test_kernels_in_python_run_at_once():
+    """Here one whose result's size depends on data, which the operator's schema does not tell."""
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("hardshrink", lambda x, lambd=0.5: x[: int(x[0])].clone(), "CPU")
+    step = regraft.coexecute(lambda n: F.hardshrink(torch.full((4,), float(n))) * 1, measure=False)
+    try:
+        assert [len(step(n)) for n in (2, 2, 1, 3, 3, 1)] == [2, 2, 1, 3, 3, 1]
+    finally:
+        library._destroy()
+
+
+def test_dropout_draws_in_the_order_of_the_program():
+    def step():
+        a = F.dropout(torch.ones(6))
+        b = torch.rand(2)
+        c = torch.rand(2, generator=torch.default_generator)
+        return torch.cat([a, b, c]).tolist()
+
+    torch.manual_seed(3)
+    expected = [step() for _ in range(4)]
+    torch.manual_seed(3)
+    together = regraft.coexecute(step, measure=False)
+    assert [together() for _ in range(4)] == expected
