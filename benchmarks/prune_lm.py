@@ -23,8 +23,8 @@ from regraft.passes.pruning.blocks import find
 from regraft.passes.pruning.fisher import gradients
 from regraft.passes.pruning.samples import samples
 
-BUDGETS = (0.9, 0.8, 0.7)
-COMPARED = ("+ rearrange", "+ tune", "reconstruct", "magnitude", "fluctuation")
+BUDGETS = (0.9, 0.8)
+COMPARED = ("+ tune", "reconstruct", "magnitude", "fluctuation")
 PIECE, CALIBRATION, TESTS = 512, 32, 16
 """Tokens of a piece; pieces of Python's library reference to calibrate on, of its tutorial to test
 on."""
