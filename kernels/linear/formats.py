@@ -1,8 +1,9 @@
 """How packed weights lie in memory, and what they stand for.
 
-A tile is ROWS output channels: their codes by steps of four columns, the channels of a step side by
-side (the order in which one instruction multiplies them), then scales and zeros, each group's
-channels side by side. Codes are unsigned; those of formats without zeros count from the middle.
+A tile is ROWS output channels, a record a group of columns. It holds the codes by steps of four
+columns, the channels of a step side by side (the order in which one instruction multiplies them),
+then scales and zeros of the channels: memory is read in one stream. Codes are unsigned; those of
+formats without zeros count from the middle.
 """
 
 from __future__ import annotations
@@ -58,24 +59,23 @@ class Format:
             raise RegraftError(f"{columns} columns do not divide into groups of {unit}")
         return -(-columns // self.block) * self.block
 
-    def parts(self, columns: int) -> dict[str, tuple[int, int]]:
-        """{part of a tile: (first byte, bytes)}, "end" last."""
-        width, groups = self.padded(columns), self.groups(columns)
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return ("scale", "zero") if self.zero else ("scale",)
+
+    def record(self, columns: int) -> dict[str, int]:
+        """{part: bytes} of a group, in order; where nested, records follow the super parts."""
+        width = self.group or self.padded(columns)
         sizes = {"codes": width * ROWS // (1 if self.bits == 8 else 2)}
         if self.bits == 6:
             sizes["high"] = width * ROWS // 4
-        kinds = ("scale", "zero") if self.zero else ("scale",)
-        sizes |= {kind: groups * ROWS * (1 if self.nested else 2) for kind in kinds}
-        if self.nested:
-            sizes |= {f"super_{kind}": columns // SUPER * ROWS * 2 for kind in kinds}
-        found, start = {}, 0
-        for name, size in sizes.items():
-            found[name] = (start, size)
-            start += size
-        return found | {"end": (start, -start % 64)}
+        return sizes | dict.fromkeys(self.kinds, ROWS if self.nested else 2 * ROWS)
 
     def tile_bytes(self, columns: int) -> int:
-        return sum(self.parts(columns)["end"])
+        self.padded(columns)
+        size = sum(self.record(columns).values()) * self.groups(columns)
+        supers = columns // SUPER * 2 * ROWS * len(self.kinds) if self.nested else 0
+        return -(-(size + supers) // 64) * 64
 
 
 @cache
@@ -111,8 +111,6 @@ def pack(format: Format, codes: Tensor, **parts: Tensor) -> Tensor:
     (float16, or 8-bit where nested), super_scale and super_zero [rows, columns / SUPER]."""
     rows, columns = codes.shape
     tiles, padded = -(-rows // ROWS), format.padded(columns)
-    out = codes.new_zeros(tiles, format.tile_bytes(columns))
-    places = format.parts(columns)
     whole = codes.new_full((tiles * ROWS, padded), format.middle)
     whole[:rows, :columns] = codes
     steps = whole.view(tiles, ROWS, padded // 4, 4).transpose(1, 2)
@@ -127,38 +125,50 @@ def pack(format: Format, codes: Tensor, **parts: Tensor) -> Tensor:
         wide = part.new_zeros(tiles * ROWS, part.shape[1])
         wide[:rows] = part
         filled[name] = wide.view(tiles, ROWS, -1).transpose(1, 2).contiguous().view(torch.uint8)
-    for name, part in filled.items():
-        start, size = places[name]
-        out[:, start : start + size] = part.reshape(tiles, size)
+    groups, size = format.groups(columns), format.tile_bytes(columns)
+    records = [filled[name].reshape(tiles, groups, -1) for name in format.record(columns)]
+    if format.nested:
+        supers = columns // SUPER
+        outer = [filled[f"super_{kind}"].reshape(tiles, supers, -1) for kind in format.kinds]
+        records = [*outer, torch.cat(records, 2).view(tiles, supers, -1)]
+    out = codes.new_zeros(tiles, size)
+    body = torch.cat(records, 2).flatten(1)
+    out[:, : body.shape[1]] = body
     return out
 
 
 def unpack(packed: Tensor, format: Format, columns: int) -> tuple[Tensor, dict[str, Tensor]]:
     """What ``pack`` took, rows filled up to whole tiles."""
-    tiles, padded = packed.shape[0], format.padded(columns)
-    pieces = {
-        name: packed[:, start : start + size]
-        for name, (start, size) in format.parts(columns).items()
-        if name != "end"
-    }
-    codes = pieces.pop("codes")
-    if format.bits == 8:
-        steps = codes.reshape(tiles, -1, ROWS, 4)
+    tiles, padded, record = packed.shape[0], format.padded(columns), format.record(columns)
+    groups, inner = format.groups(columns), sum(record.values())
+    parts: dict[str, Tensor] = {}
+    if format.nested:
+        supers, step = columns // SUPER, 2 * ROWS
+        size = inner * SUPER // format.group
+        body = packed[:, : supers * (size + step * len(format.kinds))].view(tiles, supers, -1)
+        for i, kind in enumerate(format.kinds):
+            parts[f"super_{kind}"] = body[:, :, i * step : (i + 1) * step]
+        body = body[:, :, len(format.kinds) * step :].reshape(tiles, groups, inner)
     else:
-        lines = codes.reshape(tiles, -1, ROWS, 4)
+        body = packed[:, : groups * inner].view(tiles, groups, inner)
+    parts |= zip(record, body.split(list(record.values()), 2), strict=True)
+    lines = parts.pop("codes").reshape(tiles, -1, ROWS, 4)
+    steps = lines
+    if format.bits != 8:
         steps = torch.stack((lines & 15, lines >> 4), 2).flatten(1, 2)
     if format.bits == 6:
-        high = pieces.pop("high").reshape(tiles, -1, ROWS, 4)
+        high = parts.pop("high").reshape(tiles, -1, ROWS, 4)
         steps = steps | (torch.stack([high >> 2 * i & 3 for i in range(4)], 2).flatten(1, 2) << 4)
     whole = steps.transpose(1, 2).reshape(tiles * ROWS, padded)[:, :columns]
-    parts = {}
-    for name, part in pieces.items():
+    found = {}
+    for name, part in parts.items():
+        part = part.contiguous()
         if not format.nested or name.startswith("super"):
-            part = part.contiguous().view(torch.float16)
+            part = part.view(torch.float16)
         elif not format.zero:
-            part = part.contiguous().view(torch.int8)
-        parts[name] = part.reshape(tiles, -1, ROWS).transpose(1, 2).reshape(tiles * ROWS, -1)
-    return whole, parts
+            part = part.view(torch.int8)
+        found[name] = part.reshape(tiles, -1, ROWS).transpose(1, 2).reshape(tiles * ROWS, -1)
+    return whole, found
 
 
 def dequantize(packed: Tensor, format: str, rows: int, columns: int) -> Tensor:

@@ -7,8 +7,9 @@ all rows of activations before the next one is read.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from tvm.script.ir_builder import IRBuilder
@@ -26,6 +27,7 @@ from regraft.kernels.kvquant.llvm.simd import (
     loop,
     opaque,
     parallel,
+    prefetch,
     put,
     store,
     suffix,
@@ -35,6 +37,8 @@ from regraft.kernels.linear.formats import ROWS, SUPER, parse
 from regraft.kernels.linear.llvm.dots import LINE, dots, signed
 
 LARGEST = 127 * 128
+AHEAD = 1024
+"""Bytes between what is read and what is asked for."""
 
 
 @dataclass(frozen=True)
@@ -48,42 +52,34 @@ class Shape:
 
 
 class _Weights:
-    """Where the parts of the packed weights [tiles, bytes] lie."""
+    """The parts of records of the packed weights [tiles, bytes], by the byte a record starts at."""
 
     def __init__(self, level: str, format: str, packed: Any, columns: Expr) -> None:
-        self.format, self.packed = parse(format), packed
+        self.format, self.packed, self.columns = parse(format), packed, columns
         self.dots = dots(level, self.format.bits)
-        self.blocks = opaque(T.truncdiv(columns, T.int64(self.format.block)))
-        group = self.format.group
-        groups = opaque(T.truncdiv(columns, T.int64(group))) if group else T.int64(1)
-        self.groups = groups
-        code_bytes = ROWS * self.format.block // (1 if self.format.bits == 8 else 2)
-        self.code_bytes = code_bytes
-        kinds = ("scale", "zero") if self.format.zero else ("scale",)
-        sizes: dict[str, Expr] = {"codes": self.blocks * code_bytes}
-        if self.format.bits == 6:
-            sizes["high"] = self.blocks * LINE
-        sizes |= {kind: groups * (ROWS if self.format.nested else 2 * ROWS) for kind in kinds}
-        supers = T.truncdiv(columns, T.int64(SUPER)) * (2 * ROWS)
-        sizes |= {f"super_{kind}": supers for kind in kinds if self.format.nested}
-        self.start, at = {}, T.int64(0)
-        for name, size in sizes.items():
-            self.start[name] = at
-            at = opaque(at + size)
+        self.block_bytes = ROWS * self.format.block // (1 if self.format.bits == 8 else 2)
+        nested = self.format.nested
+        self.outer = 2 * ROWS * len(self.format.kinds) if nested else 0
+        self.sizes = self.format.record(self.format.group) if self.format.group else {}
+        self.starts = dict(zip(self.sizes, accumulate(self.sizes.values(), initial=0)))
+        self.record = sum(self.sizes.values())
 
-    def steps(self, tile: Expr, half: Expr, block: Expr) -> Iterator[Expr]:
+    def groups(self, unit: int) -> Expr:
+        return divided(self.columns, unit)[0]
+
+    def steps(self, tile: Expr, half: Expr, at: Expr) -> Iterator[Expr]:
         """The codes of a block's steps, as int32 [lanes] of four bytes."""
-        d, at = self.dots, self.start["codes"] + block * self.code_bytes
+        d = self.dots
 
         def line(start: Expr) -> Expr:
             x = load(self.packed, tile, start + half * (4 * d.lanes), lanes=4 * d.lanes)
             return T.Bind(T.reinterpret(d.ints, x))
 
         if self.format.bits == 8:
-            yield from (line(at + i * LINE) for i in range(self.code_bytes // LINE))
+            yield from (line(at + i * LINE) for i in range(self.block_bytes // LINE))
             return
-        high = line(self.start["high"] + block * LINE) if self.format.bits == 6 else None
-        for i in range(self.code_bytes // LINE):
+        high = line(at + self.starts["high"]) if self.format.bits == 6 else None
+        for i in range(self.block_bytes // LINE):
             both = line(at + i * LINE)
             for side in (0, 1):
                 codes = d.mask(d.shift(both, 4 * side), 15)
@@ -92,30 +88,49 @@ class _Weights:
                     codes = T.Bind(T.bitwise_or(codes, upper))
                 yield codes
 
-    def halves(self, name: str, tile: Expr, half: Expr, index: Expr) -> Expr:
+    def ahead(self, tile: Expr, at: Expr, size: int) -> None:
+        """Ask for what will be read later; processors follow such streams no further than a page."""
+        for start in range(0, size, LINE):
+            prefetch(self.packed, tile, at + (AHEAD + start))
+
+    def halves(self, tile: Expr, half: Expr, at: Expr) -> Expr:
         """Float32 of float16 [lanes]."""
         lanes = self.dots.lanes
-        at = self.start[name] + index * (2 * ROWS) + half * (2 * lanes)
-        x = T.reinterpret(f"float16x{lanes}", load(self.packed, tile, at, lanes=2 * lanes))
+        x = load(self.packed, tile, at + half * (2 * lanes), lanes=2 * lanes)
+        x = T.reinterpret(f"float16x{lanes}", x)
         return T.Bind(T.Cast(f"float32x{lanes}", x))
 
-    def of_group(self, kind: str, tile: Expr, half: Expr, group: Expr, outer: Expr) -> Expr:
+    def of_group(self, kind: str, tile: Expr, half: Expr, at: Expr, outer: Expr) -> Expr:
         """A group's scale or zero; outer: what multiplies it where nested."""
+        at = at + self.starts[kind]
         if not self.format.nested:
-            return self.halves(kind, tile, half, group)
+            return self.halves(tile, half, at)
         lanes, signed_ = self.dots.lanes, not self.format.zero
-        at = self.start[kind] + group * ROWS + half * lanes
-        x = load(self.packed, tile, at, lanes=lanes)
+        x = load(self.packed, tile, at + half * lanes, lanes=lanes)
         x = T.reinterpret(f"int8x{lanes}", x) if signed_ else x
         return T.Bind(T.Cast(f"float32x{lanes}", T.Cast(f"int32x{lanes}", x)) * outer)
 
-    def supers(self, tile: Expr, half: Expr, index: Expr) -> dict[str, Expr]:
+    def supers(self, tile: Expr, half: Expr, at: Expr) -> dict[str, Expr]:
         """{scale, zero: their outer factor}."""
-        found = {"scale": self.halves("super_scale", tile, half, index)}
+        found = {"scale": self.halves(tile, half, at)}
         if self.format.zero:
-            zero = self.halves("super_zero", tile, half, index)
+            zero = self.halves(tile, half, at + 2 * ROWS)
             found["zero"] = T.Bind(self.dots.floats.of(0.0) - zero)
         return found
+
+    def each_group(self, tile: Expr, half: Expr, visit: Callable[..., None]) -> None:
+        """visit(group, byte where its record starts, outer factors)."""
+        if not self.format.nested:
+            with loop(self.groups(self.format.group)) as group:
+                visit(group, T.Bind(group * self.record), {})
+            return
+        share = SUPER // self.format.group
+        with loop(self.groups(SUPER)) as index:
+            at = T.Bind(index * (share * self.record + self.outer))
+            outer = self.supers(tile, half, at)
+            with loop(share) as inner:
+                start = T.Bind(at + self.outer + inner * self.record)
+                visit(T.Bind(index * share + inner), start, outer)
 
 
 def make(shape: Shape) -> Any:
@@ -134,7 +149,7 @@ def make(shape: Shape) -> Any:
             units = tensor("units", (padded, blocks), "float32")
             totals = tensor("totals", (padded, blocks), "float32")
             kernel = _Linear(shape, packed, columns, (digits, middles, units, totals))
-            with loop(padded) as row, loop(kernel.weights.blocks) as b:
+            with loop(padded) as row, loop(kernel.weights.groups(block)) as b:
                 kernel.round(x, opaque(T.min(row, rows - 1)), row, b)
             lanes = kernel.dots.lanes
             turns = opaque(T.truncdiv(padded, T.int64(shape.rows)))
@@ -190,38 +205,37 @@ class _Linear:
         """Float32 [lanes] for each of the rows from ``row`` on."""
         w, floats, rows = self.weights, self.floats, self.shape.rows
         sums = Registers(rows, "float32", self.dots.lanes)
-        if not self.format.group:
-            with loop(w.blocks) as block:
-                for r, (part, unit) in enumerate(self._block(tile, half, row, block)):
-                    sums[r] = floats.fma(part, floats.of(unit), sums[r])
-            scale = w.halves("scale", tile, half, T.int64(0))
-            for r in range(rows):
-                sums[r] = T.Bind(sums[r] * scale)
-        elif self.format.nested:
-            share = SUPER // self.format.group
-            with loop(divided(w.groups, share)[0]) as index:
-                outer = w.supers(tile, half, index)
-                with loop(share) as inner:
-                    self._group(tile, half, row, T.Bind(index * share + inner), outer, sums)
-        else:
-            with loop(w.groups) as group:
-                self._group(tile, half, row, group, {}, sums)
+        if self.format.group:
+            w.each_group(tile, half, lambda *at: self._group(tile, half, row, *at, sums))
+            return sums
+        blocks = w.groups(self.format.block)
+        with loop(blocks) as block:
+            at = T.Bind(block * w.block_bytes)
+            w.ahead(tile, at, w.block_bytes)
+            for r, (part, unit) in enumerate(self._block(tile, half, row, block, at)):
+                sums[r] = floats.fma(part, floats.of(unit), sums[r])
+        scale = w.halves(tile, half, blocks * w.block_bytes)
+        for r in range(rows):
+            sums[r] = T.Bind(sums[r] * scale)
         return sums
 
     def _group(
-        self, tile: Expr, half: Expr, row: Expr, group: Expr, outer: dict[str, Expr], sums: Any
-    ) -> None:
+        self, tile: Expr, half: Expr, row: Expr, group: Expr, at: Expr, outer: dict[str, Expr],
+        sums: Registers,
+    ) -> None:  # fmt: skip
         w, floats = self.weights, self.floats
-        scale = w.of_group("scale", tile, half, group, outer.get("scale"))
+        w.ahead(tile, at, w.record)
+        scale = w.of_group("scale", tile, half, at, outer.get("scale"))
         zero = None
         if self.format.zero:
-            zero = w.of_group("zero", tile, half, group, outer.get("zero"))
+            zero = w.of_group("zero", tile, half, at, outer.get("zero"))
         share = self.format.group // self.format.block
         parts: list[Any] = [None] * self.shape.rows
         totals: list[Any] = [None] * self.shape.rows
         for i in range(share):
             block = T.Bind(group * share + i)
-            for r, (part, unit) in enumerate(self._block(tile, half, row, block)):
+            start = at + i * w.block_bytes
+            for r, (part, unit) in enumerate(self._block(tile, half, row, block, start)):
                 if parts[r] is None:
                     parts[r] = T.Bind(part * floats.of(unit))
                 else:
@@ -233,11 +247,13 @@ class _Linear:
                 sums[r] = floats.fma(zero, floats.of(T.Bind(totals[r])), sums[r])
             sums[r] = floats.fma(parts[r], scale, sums[r])
 
-    def _block(self, tile: Expr, half: Expr, row: Expr, block: Expr) -> list[tuple[Expr, Expr]]:
+    def _block(
+        self, tile: Expr, half: Expr, row: Expr, block: Expr, at: Expr
+    ) -> list[tuple[Expr, Expr]]:
         """Sums of a block's products and the unit they come in, by row."""
         d, rows = self.dots, range(self.shape.rows)
         sums = [[d.nothing(), d.nothing()] for _ in rows]
-        for step, codes in enumerate(self.weights.steps(tile, half, block)):
+        for step, codes in enumerate(self.weights.steps(tile, half, at)):
             for r in rows:
                 for digit in (0, 1):
                     x = load(self.digits, row + r, block, digit, 4 * step, lanes=4)
@@ -288,18 +304,27 @@ def make_unpack(level: str, format: str) -> Any:
 
 def _unpack(w: _Weights, tile: Expr, half: Expr, out: Any, channel: Expr) -> None:
     d, format = w.dots, w.format
-    size = format.block
-    with loop(w.blocks) as block:
-        group = divided(block * size, format.group)[0] if format.group else T.int64(0)
-        outer = w.supers(tile, half, divided(block * size, SUPER)[0]) if format.nested else {}
-        scale = w.of_group("scale", tile, half, group, outer.get("scale"))
-        zero = d.floats.of(0.0)
-        if format.zero:
-            zero = w.of_group("zero", tile, half, group, outer.get("zero"))
-        for step, codes in enumerate(w.steps(tile, half, block)):
+
+    def write(at: Expr, column: Expr, scale: Expr, zero: Expr) -> None:
+        for step, codes in enumerate(w.steps(tile, half, at)):
             for i in range(4):
                 byte = T.bitwise_and(d.shift(codes, 8 * i), d.fill(255))
-                code = T.Bind(byte - d.fill(format.middle))
-                value = d.floats.fma(T.Cast(d.floats.dtype, code), scale, zero)
-                column = block * size + (4 * step + i)
-                store(out, value, column, channel, lanes=d.lanes)
+                code = T.Cast(d.floats.dtype, byte - d.fill(format.middle))
+                value = d.floats.fma(code, scale, zero)
+                store(out, value, column + (4 * step + i), channel, lanes=d.lanes)
+
+    def group(index: Expr, at: Expr, outer: dict[str, Expr]) -> None:
+        scale = w.of_group("scale", tile, half, at, outer.get("scale"))
+        zero = d.floats.of(0.0)
+        if format.zero:
+            zero = w.of_group("zero", tile, half, at, outer.get("zero"))
+        for i in range(format.group // format.block):
+            column = index * format.group + i * format.block
+            write(at + i * w.block_bytes, column, scale, zero)
+
+    if format.group:
+        return w.each_group(tile, half, group)
+    blocks = w.groups(format.block)
+    scale = w.halves(tile, half, blocks * w.block_bytes)
+    with loop(blocks) as block:
+        write(T.Bind(block * w.block_bytes), block * format.block, scale, d.floats.of(0.0))
