@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from regraft.kernels.linear.formats import SUPER, Format, pack
+from regraft.program import RegraftError
 
 BLOCKS = {
     "Q4_0": Format(4, 32),
@@ -23,10 +24,15 @@ BYTES = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34, "Q4_K": 144, "Q6_K": 210}
 Parts = dict[str, Tensor]
 
 
-def tiles(kind: str, raw: Tensor) -> Tensor:
-    """Packed weights of raw uint8 [rows, bytes], whole blocks of this type a row."""
+def tiles(kind: str, raw: Tensor, name: str = "the tensor") -> Tensor:
+    """Packed weights of raw uint8 [rows, bytes], whole blocks of this type a row.
+
+    RegraftError where a scale is no finite number.
+    """
     blocks = raw.unflatten(1, (-1, BYTES[kind]))
     codes, parts = _READ[kind](blocks)
+    if not all(x.isfinite().all() for x in parts.values() if x.is_floating_point()):
+        raise RegraftError(f"{name} holds weights that are no finite numbers")
     return pack(BLOCKS[kind], codes.flatten(1), **parts)
 
 
