@@ -87,7 +87,8 @@ def run(
 ) -> Report:
     """Apply passes in order, in place. Each is verified, timed and its error measured.
 
-    A pass applies to the program and to its prefill; the report tells of the former. A pass in
+    A pass applies to the program and to its prefill; the report tells of the former. What follows a
+    lossy pass is compared with what that one left. A pass in
     ``required`` that matches nothing is an error that names the reasons.
     """
     with tracing:
@@ -115,7 +116,9 @@ def _run(
             reasons = "; ".join(f"{where}: {why}" for where, why in result.skipped[:3])
             raise RegraftError(f"{name} matched nothing. {reasons or 'No candidate in the graph.'}")
         error = None
-        if step.tolerance is not None and references[0]:
+        if step.tolerance is None and result.matches:
+            references = [part(*part.examples) if part.examples else () for part in parts]
+        elif step.tolerance is not None and references[0]:
             changed = zip(references, parts, results, strict=True)
             error = max(
                 (

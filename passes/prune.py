@@ -15,6 +15,7 @@ from torch import Tensor
 
 from regraft.passes.base import Context, Pass, PassResult
 from regraft.passes.fuse_linear import FuseLinear, split_fused
+from regraft.passes.packed import refuse_packed
 from regraft.passes.pruning import scores
 from regraft.passes.pruning.blocks import Block, find
 from regraft.passes.pruning.fisher import Gradients, gradients
@@ -92,6 +93,7 @@ class Prune(Pass):
             raise RegraftError("Prune needs a budget: macs=0.6, latency=0.6, or masks=FILE")
         if program.prefill is not None:
             raise RegraftError("Prune: models with recurrent layers are not pruned yet")
+        refuse_packed(program, "Prune")
         _refuse_dropout(program)
         fused = split_fused(program)
         try:

@@ -18,7 +18,18 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from regraft.passes import DEFAULT, FINAL, STATELESS, Context, Pass, pass_named, run
+from regraft.passes import (
+    DEFAULT,
+    FINAL,
+    GGUF,
+    STATELESS,
+    Context,
+    FuseLinear,
+    KeepPacked,
+    Pass,
+    pass_named,
+    run,
+)
 from regraft.program import Program, RegraftError, Report
 from regraft.program.folders import cache_dir
 from regraft.runtime.causal_lm import Compiled
@@ -98,8 +109,9 @@ def compile(
     """Capture a model, run the passes, return it compiled.
 
     model: a transformers model with a language head (the result generates), with another head
-    or none, a torch module or exported program, or an ONNX model (a path, bytes or ModelProto; a
-    folder with model.onnx and config.json is a language model).
+    or none, a torch module or exported program, an ONNX model (a path, bytes or ModelProto; a
+    folder with model.onnx and config.json is a language model), or the path of a GGUF file, whose
+    weights stay packed.
     A torch module needs example_inputs, a tuple of positional or a dict of keyword inputs, and
     dynamic_shapes as torch.export takes it; an ONNX model may have example_inputs.
     passes run after the default ones, in the order given; each must match. recipe names a YAML
@@ -117,6 +129,11 @@ def compile(
             asked, () if calibration is None else calibration, target, dump_dir, stage
         )
         stage("capture")
+        if _is_gguf(model):
+            if example_inputs is not None or dynamic_shapes is not None:
+                raise RegraftError("example_inputs and dynamic_shapes: a language model needs none")
+            compiled = _compile_gguf(Path(model), pipeline)
+            return _in_onnxruntime(compiled, stage) if target == "onnx" else compiled
         if _is_onnx(model):
             return _compile_onnx(model, example_inputs, dynamic_shapes, pipeline)
         if not _generates(model):
@@ -156,6 +173,45 @@ def _progress(name: str) -> Iterator[Callable[..., None]]:
 
 def _generates(model: Any) -> bool:
     return bool(getattr(model, "can_generate", bool)()) and hasattr(model, "config")
+
+
+def _is_gguf(model: Any) -> bool:
+    return isinstance(model, (str, Path)) and str(model).lower().endswith(".gguf")
+
+
+def _compile_gguf(path: Path, pipeline: _Pipeline) -> Compiled:
+    """The language model of a GGUF file; what comes before its weights is kept for next time."""
+    from regraft.frontends.gguf import attach, described, load_gguf
+    from regraft.frontends.huggingface import capture
+
+    if not path.is_file():
+        raise RegraftError(f"{path} is no file")
+    early = [step for step in DEFAULT if not isinstance(step, FuseLinear)]
+    asked = [step for step in pipeline.asked if not isinstance(step, KeepPacked)]
+    pipeline = replace(pipeline, asked=asked)
+    with Workers(cache_dir() / "regions") as workers:
+        if pipeline.target == "cpu":
+            workers.start()
+        model, kept, notes = load_gguf(path)
+        key = fingerprint(model, early) if not pipeline.dump_dir else None
+        entry = cache_dir() / "programs" / f"{key}.safetensors"
+        found = fetch(entry, model) if key else None
+        if found is None:
+            program = capture(model)
+            first = run(program, early, Context(), dump_dir=pipeline.dump_dir)
+            if key:
+                store(entry, program, first)
+        else:
+            program, first = found
+        attach(program, model, kept, notes)
+        known = described(model, path)
+        kind = type(type(model).__name__, (Compiled,), {})
+        del model
+        report = pipeline.run(("", program, GGUF))
+        report.rows = first.rows + report.rows
+        compiled = kind(program, report, known)
+        pipeline.compile_regions(program, compiled.regions, workers)
+    return compiled
 
 
 def _is_onnx(model: Any) -> bool:
