@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,11 +16,35 @@ from regraft.program import Program, RegraftError
 from regraft.program.folders import cache_dir, written_whole
 
 
-def load_gguf(path: Path) -> tuple[Any, dict[str, Any], list[tuple[str, str]]]:
-    """The model, {parameter: the GgufTensor that stays packed}, and (tensor, why) of others.
+@dataclass(frozen=True)
+class GgufModel:
+    """model: transformers' own. kept: {parameter: the GgufTensor that it stands for}; these
+    parameters are placeholders, random, of almost no memory. notes: (tensor, why) of others.
+    digest: of all that the file holds before its weights."""
 
-    Parameters in the second are placeholders: random, of almost no memory.
-    """
+    model: Any
+    kept: dict[str, Any]
+    notes: tuple[tuple[str, str], ...]
+    digest: str
+
+    def packed(self, name: str) -> Tensor:
+        """The packed weights of the file's tensor of this name."""
+        return next(x for x in self.kept.values() if x.name == name).packed()
+
+    def attach(self, program: Program) -> None:
+        """Tell the program which of its tensors stand for which of the file's."""
+        known = {id(p): name for name, p in self.model.named_parameters()}
+        for part in program.parts.values():
+            found = {}
+            for node in part.graph.find_nodes(op="get_attr"):
+                name = known.get(id(getattr(part.graph_module, str(node.target))))
+                if name in self.kept:
+                    found[str(node.target)] = self.kept[name]
+            part.metadata["gguf"], part.metadata["gguf dense"] = found, self.notes
+
+
+def load_gguf(path: Path) -> GgufModel:
+    """The model of a GGUF file, its packed weights not yet read."""
     try:
         import accelerate  # noqa: F401  what transformers' models of no memory need
         import gguf  # noqa: F401
@@ -51,20 +75,7 @@ def load_gguf(path: Path) -> tuple[Any, dict[str, Any], list[tuple[str, str]]]:
     model.tie_weights()
     if missing := [name for name, p in model.named_parameters() if p.is_meta]:
         raise RegraftError(f"{path} holds no weights for {missing[0]} ({len(missing)} are missing)")
-    return model.eval(), kept, notes
-
-
-def attach(program: Program, model: Any, kept: dict[str, Any], notes: Any) -> None:
-    """Tell the program which of its tensors stand for which of the file's."""
-    known = {id(p): name for name, p in model.named_parameters()}
-    for part in program.parts.values():
-        found = {}
-        for node in part.graph.find_nodes(op="get_attr"):
-            name = known.get(id(getattr(part.graph_module, str(node.target))))
-            if name in kept:
-                node.meta.setdefault("val", getattr(part.graph_module, str(node.target)))
-                found[str(node.target)] = kept[name]
-        part.metadata["gguf"], part.metadata["gguf dense"] = found, tuple(notes)
+    return GgufModel(model.eval(), kept, tuple(notes), file.digest)
 
 
 def _model(file: Any) -> Any:
@@ -172,11 +183,3 @@ def _put(model: Any, name: str, value: Tensor) -> None:
     path, _, last = name.rpartition(".")
     owner = model.get_submodule(path)
     setattr(owner, last, torch.nn.Parameter(value, requires_grad=False))
-
-
-def described(model: Any, path: Path) -> SimpleNamespace:
-    """What of the model a compiled one keeps, the weights apart."""
-    return SimpleNamespace(
-        config=model.config, generation_config=model.generation_config, name_or_path=str(path),
-        device=torch.device("cpu"), dtype=torch.float32,
-    )  # fmt: skip

@@ -107,6 +107,10 @@ def _fuse_packed(program: Program) -> int:
             rows = sum(int(node.args[4]) for node in nodes)  # type: ignore[arg-type]
             linear = graph.call_function(packed_linear, (x, weight, None, format, rows))
             _split_among(nodes, linear)
+        sources = program.metadata.get("packed", {})
+        parts = [sources.pop(weight.target, None) for weight in weights]
+        if all(parts):
+            sources[name] = [source for part in parts for source in part]
         for weight in weights:
             graph.erase_node(weight)
             delattr(module, weight.target)

@@ -22,7 +22,6 @@ class KeepPacked(Pass):
     """
 
     tolerance: ClassVar[float | None] = None
-    reads_weights: ClassVar[bool] = True
 
     def apply(self, program: Program, context: Context) -> PassResult:
         sources: dict[str, Any] = program.metadata.pop("gguf", {})
@@ -39,6 +38,8 @@ class KeepPacked(Pass):
                     continue
                 if source.name not in made:
                     made[source.name] = source.packed()
+                own = program.metadata.setdefault("packed", {})
+                own[f"{name}_packed"] = [source.name]
                 weight = put(program, f"{name}_packed", made[source.name], user)
                 replace = replace_linear if is_call(user, aten.linear.default) else replace_embedding
                 replace(program, user, weight, source.format)

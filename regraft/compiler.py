@@ -62,6 +62,13 @@ class _Pipeline:
         """Whether regions and kernels are compiled: not for a reference or an export."""
         return self.target not in ("reference", "onnx")
 
+    def key(self, model: Any, settings: Sequence[Any]) -> str | None:
+        """What the program is kept under; None where it depends on values of tensors."""
+        reads_weights = any(item.reads_weights for item in self.asked)
+        if self.calibration or self.dump_dir or reads_weights:
+            return None
+        return fingerprint(model, settings)
+
     def run(self, *parts: tuple[str, Program, Sequence[Pass]]) -> Report:
         """Run the passes over each part; an asked-for pass must match in one of them."""
         self.stage("passes")
@@ -180,38 +187,31 @@ def _is_gguf(model: Any) -> bool:
 
 
 def _compile_gguf(path: Path, pipeline: _Pipeline) -> Compiled:
-    """The language model of a GGUF file; what comes before its weights is kept for next time."""
-    from regraft.frontends.gguf import attach, described, load_gguf
+    """The language model of a GGUF file."""
+    from regraft.frontends.gguf import load_gguf
     from regraft.frontends.huggingface import capture
 
     if not path.is_file():
         raise RegraftError(f"{path} is no file")
-    early = [step for step in DEFAULT if not isinstance(step, FuseLinear)]
+    default = [*(step for step in DEFAULT if not isinstance(step, FuseLinear)), *GGUF]
     asked = [step for step in pipeline.asked if not isinstance(step, KeepPacked)]
     pipeline = replace(pipeline, asked=asked)
     with Workers(cache_dir() / "regions") as workers:
-        if pipeline.target == "cpu":
-            workers.start()
-        model, kept, notes = load_gguf(path)
-        key = fingerprint(model, early) if not pipeline.dump_dir else None
-        entry = cache_dir() / "programs" / f"{key}.safetensors"
-        found = fetch(entry, model) if key else None
-        if found is None:
+        given = load_gguf(path)
+        model = given.model
+
+        def make() -> tuple[Program, Report]:
             program = capture(model)
-            first = run(program, early, Context(), dump_dir=pipeline.dump_dir)
-            if key:
-                store(entry, program, first)
-        else:
-            program, first = found
-        attach(program, model, kept, notes)
-        known = described(model, path)
-        kind = type(type(model).__name__, (Compiled,), {})
-        del model
-        report = pipeline.run(("", program, GGUF))
-        report.rows = first.rows + report.rows
-        compiled = kind(program, report, known)
-        pipeline.compile_regions(program, compiled.regions, workers)
-    return compiled
+            given.attach(program)
+            return program, pipeline.run(("", program, default))
+
+        key = pipeline.key(model, [*pipeline.steps(default), given.digest])
+        program, report = _kept_or_made(key, model, make, pipeline, workers, given.packed)
+        known = SimpleNamespace(
+            config=model.config, generation_config=model.generation_config,
+            device=torch.device("cpu"), dtype=model.dtype, name_or_path=str(path),
+        )  # fmt: skip
+        return _finished(program, report, known, pipeline, workers, type(model).__name__)
 
 
 def _is_onnx(model: Any) -> bool:
@@ -251,39 +251,53 @@ def _compile_decoder(folder: Path, pipeline: _Pipeline) -> Compiled:
             workers.start()
         program = capture_decoder(folder / MODEL, config)
         report = pipeline.run(("", program, DEFAULT))
-        kind = type((config.architectures or ["CausalLM"])[0], (Compiled,), {})
-        dtype = program.outputs[0].dtype
         known = SimpleNamespace(
-            config=config, generation_config=generation, device=torch.device("cpu"), dtype=dtype,
-            name_or_path=str(folder),
+            config=config, generation_config=generation, device=torch.device("cpu"),
+            dtype=program.outputs[0].dtype, name_or_path=str(folder),
         )  # fmt: skip
-        compiled = kind(program, report, known)
-        pipeline.compile_regions(program, compiled.regions, workers)
-    return compiled
+        name = (config.architectures or ["CausalLM"])[0]
+        return _finished(program, report, known, pipeline, workers, name)
 
 
 def _compile_causal_lm(model: Any, pipeline: _Pipeline) -> Compiled:
     from regraft.frontends.huggingface import capture
 
-    key = None
-    reads_weights = any(item.reads_weights for item in pipeline.asked)
-    if not pipeline.calibration and not pipeline.dump_dir and not reads_weights:
-        key = fingerprint(model, pipeline.steps(DEFAULT))
-    entry = cache_dir() / "programs" / f"{key}.safetensors"
-    kept = fetch(entry, model) if key else None
+    def make() -> tuple[Program, Report]:
+        program = capture(model)
+        return program, pipeline.run(("", program, DEFAULT))
+
     with Workers(cache_dir() / "regions") as workers:
-        if kept is None:
-            if pipeline.target == "cpu":
-                workers.start()
-            program = capture(model)
-            report = pipeline.run(("", program, DEFAULT))
-            if key:
-                store(entry, program, report)
-        else:
-            program, report = kept
-        kind = type(type(model).__name__, (Compiled,), {})
-        compiled = kind(program, report, model)
-        pipeline.compile_regions(program, compiled.regions, workers)
+        key = pipeline.key(model, pipeline.steps(DEFAULT))
+        program, report = _kept_or_made(key, model, make, pipeline, workers)
+        return _finished(program, report, model, pipeline, workers, type(model).__name__)
+
+
+def _kept_or_made(
+    key: str | None,
+    model: Any,
+    make: Callable[[], tuple[Program, Report]],
+    pipeline: _Pipeline,
+    workers: Workers,
+    packed: Callable[[str], torch.Tensor] | None = None,
+) -> tuple[Program, Report]:
+    """The program that an earlier compilation kept under this key, else a new one."""
+    entry = cache_dir() / "programs" / f"{key}.safetensors"
+    if key and (kept := fetch(entry, model, packed)):
+        return kept
+    if pipeline.target == "cpu":
+        workers.start()
+    program, report = make()
+    if key:
+        store(entry, program, report)
+    return program, report
+
+
+def _finished(
+    program: Program, report: Report, known: Any, pipeline: _Pipeline, workers: Workers, name: str
+) -> Compiled:
+    kind = type(name, (Compiled,), {})
+    compiled = kind(program, report, known)
+    pipeline.compile_regions(program, compiled.regions, workers)
     return compiled
 
 

@@ -39,8 +39,11 @@ class _Reader(gguf.GGUFReader):
         kind = GGUFValueType(self._get(orig_offs, np.uint32)[0])
         count, at = int(self._get(orig_offs + 4, np.uint64)[0]), orig_offs + 12
         if kind == GGUFValueType.STRING:
+            view, end = memoryview(self.data), len(self.data)
             for _ in range(count):
-                at += 8 + int(self._get(at, np.uint64)[0])
+                if at + 8 > end:
+                    raise ValueError(f"it ends at byte {end}, within a list")
+                at += 8 + int.from_bytes(view[at : at + 8], "little")
         elif kind in self.gguf_scalar_to_np:
             size = np.dtype(self.gguf_scalar_to_np[kind]).itemsize * count
             self._get(at, np.uint8, size)
