@@ -64,6 +64,12 @@ class WeightQuant(Pass):
     def _rounded(self, weight: Tensor, format: Format, where: str) -> tuple[Tensor, float]:
         if not weight.is_floating_point() or weight.dtype == torch.float64:
             raise RegraftError(f"WeightQuant: {where} has weights of {weight.dtype}")
+        columns = weight.shape[1]
+        if self.group and columns % self.group:
+            raise RegraftError(
+                f"WeightQuant: {where}: {columns} columns do not divide into groups of "
+                f"{self.group}: take smaller ones, or group=None at 8 bits"
+            )
         try:
             return round_to_nearest(weight, format)
         except RegraftError as error:

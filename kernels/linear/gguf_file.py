@@ -135,7 +135,8 @@ class GgufFile:
             reader = _Reader(path)
             if reader.byte_order != "I":
                 raise ValueError("its byte order is another than this machine's")
-            self.tensors = {t.name: _tensor(path, t) for t in reader.tensors}
+            start = int(reader.data_offset)
+            self.tensors = {t.name: _tensor(path, t, start) for t in reader.tensors}
             self.architecture = str(reader.fields["general.architecture"].contents())
             head = reader.data[: reader.data_offset].tobytes()
         except (OSError, ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
@@ -143,11 +144,13 @@ class GgufFile:
         self.digest = hashlib.sha256(head).hexdigest()[:32]
 
 
-def _tensor(path: Path, found: Any) -> GgufTensor:
+def _tensor(path: Path, found: Any, start: int) -> GgufTensor:
     kind, shape = found.tensor_type.name, tuple(int(n) for n in reversed(found.shape.tolist()))
     size = int(found.n_bytes)
     if not all(shape):
         raise ValueError(f"{found.name} is empty")
+    if int(found.field.parts[-1][0]) + start != int(found.data_offset):
+        raise ValueError(f"{found.name} lies nowhere")
     if kind in BYTES and columns(kind, size) != int(np.prod(shape)):
         raise ValueError(f"{found.name} does not divide into blocks")
     return GgufTensor(path, found.name, kind, shape, int(found.data_offset), size)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -39,6 +41,16 @@ def linear(x: Tensor, packed: Tensor, bias: Tensor | None, format: str, rows: in
         out = _by_tiles(flat, packed, format, rows, kernels)
         out = out if bias is None else out.add_(bias)
     return out.view(*x.shape[:-1], rows).to(x.dtype)
+
+
+def prepare(kinds: Iterable[tuple[str, bool]]) -> None:
+    """Make the kernels of (format, whether there is a bias), where they can be made."""
+    for format, bias in kinds:
+        if wanted() and format not in HALVES:
+            try:
+                llvm.prepare(format, bias)
+            except KernelError as error:
+                tell(NOTICE, error)
 
 
 def reference(x: Tensor, packed: Tensor, bias: Tensor | None, format: str, rows: int) -> Tensor:

@@ -40,6 +40,13 @@ def linear(
     return out
 
 
+def prepare(format: str, bias: bool) -> None:
+    """Make or load all kernels of a format."""
+    for rows in (1, 2, TILE):
+        _kernel(cpu_level(), format, rows, bias)
+    _unpack_kernel(cpu_level(), format)
+
+
 def unpacked(
     packed: Tensor, format: str, columns: int, tiles: range, level: str | None = None
 ) -> Tensor:
