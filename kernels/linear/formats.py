@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -94,16 +94,19 @@ def parse(name: str) -> Format:
 
 def check(packed: Tensor, format: str, rows: int, columns: int) -> None:
     """RegraftError unless packed holds weights [rows, columns] of this format."""
-    if format in HALVES:
-        shape, dtype = (rows, columns), HALVES[format]
-    else:
-        shape = (-(-rows // ROWS), parse(format).tile_bytes(columns))
-        dtype = torch.uint8
-    if tuple(packed.shape) != shape or packed.dtype != dtype or not packed.is_contiguous():
+    shape, dtype = _expected(format, rows, columns)
+    if packed.shape != shape or packed.dtype != dtype or not packed.is_contiguous():
         raise RegraftError(
             f"packed weights [{rows}, {columns}] in {format} are {dtype} {list(shape)}, "
             f"got {packed.dtype} {list(packed.shape)}"
         )
+
+
+@lru_cache(256)
+def _expected(format: str, rows: int, columns: int) -> tuple[tuple[int, int], torch.dtype]:
+    if format in HALVES:
+        return (rows, columns), HALVES[format]
+    return (-(-rows // ROWS), parse(format).tile_bytes(columns)), torch.uint8
 
 
 def pack(format: Format, codes: Tensor, **parts: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ def linear(x: Tensor, packed: Tensor, bias: Tensor | None, format: str, rows: in
     if bias is not None and tuple(bias.shape) != (rows,):
         raise RegraftError(f"bias of {list(bias.shape)} for {rows} channels")
     flat = x.reshape(-1, columns).float()
-    kernels = x.device.type == "cpu" and wanted() and format not in HALVES
+    kernels = x.device.type == "cpu" and wanted()
     out = None
     if kernels and 0 < flat.shape[0] <= FEW:
         try:
@@ -46,7 +46,7 @@ def linear(x: Tensor, packed: Tensor, bias: Tensor | None, format: str, rows: in
 def prepare(kinds: Iterable[tuple[str, bool]]) -> None:
     """Make the kernels of (format, whether there is a bias), where they can be made."""
     for format, bias in kinds:
-        if wanted() and format not in HALVES:
+        if wanted():
             try:
                 llvm.prepare(format, bias)
             except KernelError as error:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regraft.kernels.compiled import LEVELS, cpu_level, kernel
-from regraft.kernels.linear.formats import ROWS, parse
+from regraft.kernels.compiled import LEVELS, KernelError, cpu_level, kernel
+from regraft.kernels.linear.formats import HALVES, ROWS, parse
 
 TILE, SHAPES = 4, 16
 _own = threading.local()
@@ -24,14 +24,17 @@ def linear(
 ) -> Tensor:
     """x float32 [n, columns] times packed weights [rows, columns], plus bias float32 [rows].
 
-    Activations are rounded to 15 bits by blocks of 32 or 16 columns. level: one of LEVELS, the
-    processor's best by default.
+    Activations are rounded to 15 bits by blocks of 32 or 16 columns, but not those that meet
+    weights of half precision. level: one of LEVELS, the processor's best by default.
     """
-    level, kind = level or cpu_level(), parse(format)
+    level = level or cpu_level()
+    if format in HALVES:
+        return _of_halves(x, packed, bias, format, level)
+    kind = parse(format)
     count, columns = x.shape
     if missing := kind.padded(columns) - columns:
         x, columns = torch.nn.functional.pad(x, (0, missing)), columns + missing
-    tile = count if count <= 2 else TILE
+    tile = _rows(count)
     out = torch.empty(count, rows)
     extra = () if bias is None else (bias,)
     function = _kernel(level, format, tile, bias is not None)
@@ -40,11 +43,34 @@ def linear(
     return out
 
 
+def _of_halves(
+    x: Tensor, weight: Tensor, bias: Tensor | None, format: str, level: str
+) -> Tensor:
+    if x.shape[1] % 16:
+        raise KernelError(f"no CPU kernel for {x.shape[1]} columns in {format}")
+    count, dtype = x.shape[0], "uint16" if format == "bfloat16" else format
+    out = torch.empty(count, weight.shape[0])
+    extra = () if bias is None else (bias,)
+    function = _half_kernel(level, dtype, _rows(count), bias is not None)
+    bits = weight.view(torch.uint16) if format == "bfloat16" else weight
+    function(x.contiguous(), bits, out, *extra)
+    return out
+
+
+def _rows(count: int) -> int:
+    """Rows that weights meet at once."""
+    return count if count <= 2 else TILE
+
+
 def prepare(format: str, bias: bool) -> None:
     """Make or load all kernels of a format."""
     for rows in (1, 2, TILE):
-        _kernel(cpu_level(), format, rows, bias)
-    _unpack_kernel(cpu_level(), format)
+        if format in HALVES:
+            _half_kernel(cpu_level(), "uint16" if format == "bfloat16" else format, rows, bias)
+        else:
+            _kernel(cpu_level(), format, rows, bias)
+    if format not in HALVES:
+        _unpack_kernel(cpu_level(), format)
 
 
 def unpacked(
@@ -83,6 +109,18 @@ def _kernel(level: str, format: str, rows: int, bias: bool) -> Any:
         return generate.make(generate.Shape(*key))
 
     return kernel("packed_linear", make, LEVELS[level], key)
+
+
+@cache
+def _half_kernel(level: str, dtype: str, rows: int, bias: bool) -> Any:
+    key = (level, dtype, rows, bias)
+
+    def make() -> Any:
+        from regraft.kernels.linear.llvm import halves
+
+        return halves.make(*key)
+
+    return kernel("half_linear", make, LEVELS[level], key)
 
 
 @cache

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from regraft.kernels.compiled import LEVELS, cpu_level
+from regraft.kernels.compiled import LEVELS, KernelError, cpu_level
 from regraft.kernels.linear import llvm
 from regraft.kernels.linear.formats import dequantize, pack, parse, unpack
 from tests.kernels.linear.packed import FORMATS, random_packed
@@ -96,3 +96,14 @@ def test_tiles_are_dequantised(level, format):
     torch.testing.assert_close(
         llvm.unpacked(packed, format, 256, range(2, 6), level), wanted, rtol=1e-5, atol=1e-4
     )
+
+
+@pytest.mark.parametrize("level", HERE)
+@pytest.mark.parametrize("format", ["float16", "bfloat16"])
+def test_weights_of_half_precision(level, format):
+    weight = torch.randn(37, 48, generator=torch.Generator().manual_seed(0))
+    weight, bias = weight.to(getattr(torch, format)), torch.randn(37)
+    for count in (1, 2, 5, 16):
+        check(torch.randn(count, 48), weight, bias, format, 37, level, bound=1e-6)
+    with pytest.raises(KernelError, match="no CPU kernel for 40 columns"):
+        llvm.linear(torch.randn(1, 40), weight[:, :40].contiguous(), None, format, 37, level)
