@@ -41,7 +41,9 @@ class KeepPacked(Pass):
                 own = program.metadata.setdefault("packed", {})
                 own[f"{name}_packed"] = [source.name]
                 weight = put(program, f"{name}_packed", made[source.name], user)
-                replace = replace_linear if is_call(user, aten.linear.default) else replace_embedding
+                replace = (
+                    replace_linear if is_call(user, aten.linear.default) else replace_embedding
+                )
                 replace(program, user, weight, source.format)
                 matches += 1
             if node.users:
@@ -56,5 +58,3 @@ def _reads(user: fx.Node, weight: fx.Node) -> bool:
     linear = is_call(user, aten.linear.default) and user.args[1] is weight
     embedding = is_call(user, aten.embedding.default) and user.args[0] is weight
     return (linear and user.args[0] is not weight) or embedding
-
-

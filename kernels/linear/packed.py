@@ -94,9 +94,7 @@ def _by_tiles(x: Tensor, packed: Tensor, format: str, rows: int, kernels: bool) 
     return out
 
 
-def _transposed(
-    packed: Tensor, format: str, columns: int, tiles: range, kernels: bool
-) -> Tensor:
+def _transposed(packed: Tensor, format: str, columns: int, tiles: range, kernels: bool) -> Tensor:
     """Tiles of weights as float32 [columns, channels]."""
     if kernels:
         try:

@@ -14,7 +14,9 @@ def logits(model, ids):
         return model(input_ids=ids).logits
 
 
-@pytest.mark.parametrize("settings", [dict(bits=8), dict(bits=4), dict(bits=8, group=None)], ids=str)
+@pytest.mark.parametrize(
+    "settings", [dict(bits=8), dict(bits=4), dict(bits=8, group=None)], ids=str
+)
 def test_a_model_stays_close(llama, settings):
     ids = torch.randint(3, 256, (2, 9), generator=torch.Generator().manual_seed(0))
     fast = regraft.compile(llama, [WeightQuant(**settings)])
@@ -72,7 +74,9 @@ def test_layers_with_a_bias_and_encoders():
 
 
 @pytest.mark.parametrize(
-    "settings", [dict(bits=3), dict(group=48), dict(bits=4, group=None), dict(method="gptq")], ids=str
+    "settings",
+    [dict(bits=3), dict(group=48), dict(bits=4, group=None), dict(method="gptq")],
+    ids=str,
 )
 def test_settings_that_do_not_exist(settings):
     with pytest.raises(RegraftError, match="WeightQuant"):

@@ -43,9 +43,7 @@ def linear(
     return out
 
 
-def _of_halves(
-    x: Tensor, weight: Tensor, bias: Tensor | None, format: str, level: str
-) -> Tensor:
+def _of_halves(x: Tensor, weight: Tensor, bias: Tensor | None, format: str, level: str) -> Tensor:
     if x.shape[1] % 16:
         raise KernelError(f"no CPU kernel for {x.shape[1]} columns in {format}")
     count, dtype = x.shape[0], "uint16" if format == "bfloat16" else format

@@ -61,8 +61,8 @@ class _Weights:
         nested = self.format.nested
         self.outer = 2 * ROWS * len(self.format.kinds) if nested else 0
         self.sizes = self.format.record(self.format.group) if self.format.group else {}
-        self.starts = dict(zip(self.sizes, accumulate(self.sizes.values(), initial=0)))
-        self.record = sum(self.sizes.values())
+        *starts, self.record = accumulate(self.sizes.values(), initial=0)
+        self.starts = dict(zip(self.sizes, starts, strict=True))
 
     def groups(self, unit: int) -> Expr:
         return divided(self.columns, unit)[0]
@@ -89,7 +89,7 @@ class _Weights:
                 yield codes
 
     def ahead(self, tile: Expr, at: Expr, size: int) -> None:
-        """Ask for what will be read later; processors follow such streams no further than a page."""
+        """Ask for what will be read later; processors by themselves follow no further than a page."""
         for start in range(0, size, LINE):
             prefetch(self.packed, tile, at + (AHEAD + start))
 

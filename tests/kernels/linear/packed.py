@@ -4,7 +4,16 @@ import torch
 
 from regraft.kernels.linear.formats import SUPER, pack, parse
 
-FORMATS = ("int8", "int8g32", "int8g128", "int4g32", "int4g32z", "int4g64z", "int4g32zn", "int6g16n")
+FORMATS = (
+    "int8",
+    "int8g32",
+    "int8g128",
+    "int4g32",
+    "int4g32z",
+    "int4g64z",
+    "int4g32zn",
+    "int6g16n",
+)
 
 
 def random_packed(name, rows, columns, seed=0):

@@ -43,7 +43,8 @@ def test_blocks_without_finite_scales(kind):
 
 
 @pytest.mark.parametrize(
-    "format", [Format(8, 0), Format(8, 32), Format(8, 128), Format(4, 32, True), Format(4, 64, True)]
+    "format",
+    [Format(8, 0), Format(8, 32), Format(8, 128), Format(4, 32, True), Format(4, 64, True)],
 )
 def test_rounding_errs_by_half_a_step(format):
     weight = torch.randn(50, 256, generator=torch.Generator().manual_seed(0))
