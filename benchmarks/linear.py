@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -76,9 +77,7 @@ def _measure(name: str, rows: int, cores: int, rounds: int) -> list[dict[str, An
             continue
         one = _packed(format, channels, columns)
         copies = _copies(one)
-        calls[format] = lambda copies=copies, format=format: [
-            packed.linear(x, w, None, format, channels) for w in copies
-        ]
+        calls[format] = partial(_all, x, copies, format, channels)
         counts[format], sizes[format] = len(copies), one.nbytes
         errors[format] = _error(x, one, format, channels)
     ones = torch.ones(2**25)
@@ -98,6 +97,11 @@ def _measure(name: str, rows: int, cores: int, rounds: int) -> list[dict[str, An
             "error": errors.get(key),
         })  # fmt: skip
     return found
+
+
+def _all(x: Tensor, weights: list[Tensor], format: str, channels: int) -> None:
+    for weight in weights:
+        packed.linear(x, weight, None, format, channels)
 
 
 def _count(size: int) -> int:

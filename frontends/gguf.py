@@ -60,7 +60,7 @@ def load_gguf(path: Path) -> GgufModel:
     notes: list[tuple[str, str]] = []
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     for tensor in file.tensors.values():
-        name = names.get(tensor.name)
+        name = names.get(tensor.name, "")
         if name not in shapes:
             continue
         order = _order(tensor, process) if tensor.format else None

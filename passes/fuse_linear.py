@@ -104,8 +104,8 @@ def _fuse_packed(program: Program) -> int:
             module.register_buffer(name, packed)
             weight = graph.get_attr(name)
             weight.meta["val"] = packed
-            rows = sum(int(node.args[4]) for node in nodes)  # type: ignore[arg-type]
-            linear = graph.call_function(packed_linear, (x, weight, None, format, rows))
+            counts: list[Any] = [node.args[4] for node in nodes]
+            linear = graph.call_function(packed_linear, (x, weight, None, format, sum(counts)))
             _split_among(nodes, linear)
         sources = program.metadata.get("packed", {})
         parts = [sources.pop(weight.target, None) for weight in weights]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, fx
@@ -25,7 +26,7 @@ class KeepPacked(Pass):
 
     def apply(self, program: Program, context: Context) -> PassResult:
         sources: dict[str, Any] = program.metadata.pop("gguf", {})
-        made: dict[str, Tensor] = context.notes.setdefault("packed", {})
+        made = context.notes.setdefault("packed", WeakValueDictionary[str, Tensor]())
         matches, skipped = 0, list(program.metadata.pop("gguf dense", ()))
         if not sources:
             skipped.append(("weights", 'they come from no GGUF file: compile("model.gguf")'))
@@ -36,11 +37,11 @@ class KeepPacked(Pass):
             for user in list(node.users):
                 if not _reads(user, node):
                     continue
-                if source.name not in made:
-                    made[source.name] = source.packed()
+                if (packed := made.get(source.name)) is None:
+                    packed = made[source.name] = source.packed()
                 own = program.metadata.setdefault("packed", {})
                 own[f"{name}_packed"] = [source.name]
-                weight = put(program, f"{name}_packed", made[source.name], user)
+                weight = put(program, f"{name}_packed", packed, user)
                 replace = (
                     replace_linear if is_call(user, aten.linear.default) else replace_embedding
                 )

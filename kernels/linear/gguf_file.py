@@ -39,7 +39,7 @@ class _Reader(gguf.GGUFReader):
         kind = GGUFValueType(self._get(orig_offs, np.uint32)[0])
         count, at = int(self._get(orig_offs + 4, np.uint64)[0]), orig_offs + 12
         if kind == GGUFValueType.STRING:
-            view, end = memoryview(self.data), len(self.data)
+            view, end = np.asarray(self.data).data, len(self.data)
             for _ in range(count):
                 if at + 8 > end:
                     raise ValueError(f"it ends at byte {end}, within a list")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -89,7 +90,7 @@ class _Weights:
                 yield codes
 
     def ahead(self, tile: Expr, at: Expr, size: int) -> None:
-        """Ask for what will be read later; processors by themselves follow no further than a page."""
+        """Ask for what will be read later; processors follow no further than a page."""
         for start in range(0, size, LINE):
             prefetch(self.packed, tile, at + (AHEAD + start))
 
@@ -206,7 +207,7 @@ class _Linear:
         w, floats, rows = self.weights, self.floats, self.shape.rows
         sums = Registers(rows, "float32", self.dots.lanes)
         if self.format.group:
-            w.each_group(tile, half, lambda *at: self._group(tile, half, row, *at, sums))
+            w.each_group(tile, half, partial(self._group, tile, half, row, sums))
             return sums
         blocks = w.groups(self.format.block)
         with loop(blocks) as block:
@@ -220,8 +221,8 @@ class _Linear:
         return sums
 
     def _group(
-        self, tile: Expr, half: Expr, row: Expr, group: Expr, at: Expr, outer: dict[str, Expr],
-        sums: Registers,
+        self, tile: Expr, half: Expr, row: Expr, sums: Registers, group: Expr, at: Expr,
+        outer: dict[str, Expr],
     ) -> None:  # fmt: skip
         w, floats = self.weights, self.floats
         w.ahead(tile, at, w.record)
