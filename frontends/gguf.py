@@ -27,9 +27,12 @@ class GgufModel:
     notes: tuple[tuple[str, str], ...]
     digest: str
 
-    def packed(self, name: str) -> Tensor:
-        """The packed weights of the file's tensor of this name."""
-        return next(x for x in self.kept.values() if x.name == name).packed()
+    def packed(self, names: list[str]) -> Tensor:
+        """The packed weights of the file's tensors of these names, one after the other."""
+        from regraft.kernels.linear.gguf_file import packed_together
+
+        known = {tensor.name: tensor for tensor in self.kept.values()}
+        return packed_together([known[name] for name in names])[0]
 
     def attach(self, program: Program) -> None:
         """Tell the program which of its tensors stand for which of the file's."""

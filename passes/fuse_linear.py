@@ -84,6 +84,16 @@ def _split_among(nodes: list[fx.Node], linear: fx.Node) -> None:
             node.target = aten.reshape.default
 
 
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    """The tensors as one, without a copy where they follow each other in memory."""
+    ends = [part.data_ptr() + part.nbytes for part in parts]
+    same = all(part.untyped_storage()._cdata == parts[0].untyped_storage()._cdata for part in parts)
+    if not same or ends[:-1] != [part.data_ptr() for part in parts[1:]]:
+        return torch.cat(parts)
+    rows = sum(len(part) for part in parts)
+    return parts[0].as_strided((rows, parts[0].shape[1]), parts[0].stride())
+
+
 def _fuse_packed(program: Program) -> int:
     """The same of layers whose weights are packed in one format; how many groups there were."""
     module, graph, found = program.graph_module, program.graph, 0
@@ -97,7 +107,7 @@ def _fuse_packed(program: Program) -> int:
             continue
         position = {node: i for i, node in enumerate(graph.nodes)}
         weights: list[Any] = [node.args[1] for node in nodes]
-        packed = torch.cat([getattr(module, weight.target) for weight in weights])
+        packed = _joined([getattr(module, weight.target) for weight in weights])
         first = min(nodes, key=position.__getitem__)
         with graph.inserting_before(first):
             name = f"{weights[0].target}_fused"
@@ -113,6 +123,7 @@ def _fuse_packed(program: Program) -> int:
             sources[name] = [source for part in parts for source in part]
         for weight in weights:
             graph.erase_node(weight)
+            weight.meta.clear()  # erased nodes live until garbage is collected
             delattr(module, weight.target)
         found += 1
     return found

@@ -278,7 +278,7 @@ def _kept_or_made(
     make: Callable[[], tuple[Program, Report]],
     pipeline: _Pipeline,
     workers: Workers,
-    packed: Callable[[str], torch.Tensor] | None = None,
+    packed: Callable[[list[str]], torch.Tensor] | None = None,
 ) -> tuple[Program, Report]:
     """The program that an earlier compilation kept under this key, else a new one."""
     entry = cache_dir() / "programs" / f"{key}.safetensors"

@@ -115,11 +115,11 @@ def store(path: Path, program: Program, report: Report) -> None:
 
 
 def fetch(
-    path: Path, model: torch.nn.Module, packed: Callable[[str], Tensor] | None = None
+    path: Path, model: torch.nn.Module, packed: Callable[[list[str]], Tensor] | None = None
 ) -> tuple[Program, Report] | None:
     """The program of an earlier compilation on this model's weights, if there is one.
 
-    packed(name): what the tensor of this name in the model's file is packed to.
+    packed(names): what the tensors of these names in the model's file are packed to, joined.
     """
     if not path.is_file():
         return None
@@ -142,8 +142,7 @@ def fetch(
         for name, parts in entry["packed"].items():
             if tuple(parts) not in held:
                 assert packed is not None
-                own = [packed(part) for part in parts]
-                held[tuple(parts)] = own[0] if len(own) == 1 else torch.cat(own)
+                held[tuple(parts)] = packed(parts)
             tensors[name] = held[tuple(parts)]
         program = program_from_json(entry["program"], tensors)
         return program, report_from_json(entry["report"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -77,15 +78,16 @@ class GgufTensor:
 
     def packed(self) -> Tensor:
         """The weights in ``format``; RegraftError where a scale is no finite number."""
-        rows, width = self.shape
+        return packed_together([self])[0]
+
+    def _pack(self, out: Tensor) -> None:
+        rows = self.shape[0]
         if self.kind in _HALVES:
-            return self._rows(0, rows).view(HALVES[str(self.format)])
-        kind = parse(str(self.format))
-        out = torch.empty(-(-rows // ROWS), kind.tile_bytes(width), dtype=torch.uint8)
+            out.copy_(self._rows(0, rows).view(out.dtype))
+            return
         for start in range(0, rows, PIECE):
             made = tiles(self.kind, self._rows(start, min(start + PIECE, rows)), self.name)
             out[start // ROWS : start // ROWS + made.shape[0]] = made
-        return out
 
     def dense(self) -> Tensor:
         """Float32, in the file's order of rows."""
@@ -121,6 +123,21 @@ class GgufTensor:
         if raw.size != size:
             raise RegraftError(f"{self.path} ended while {self.name} was read")
         return raw
+
+
+def packed_together(tensors: Sequence[GgufTensor]) -> tuple[Tensor, list[Tensor]]:
+    """The packed weights of tensors of one format and width, one after the other; and of each."""
+    name, width = str(tensors[0].format), tensors[0].shape[1]
+    if name in HALVES:
+        counts, dtype = [tensor.shape[0] for tensor in tensors], HALVES[name]
+    else:
+        counts, dtype = [-(-tensor.shape[0] // ROWS) for tensor in tensors], torch.uint8
+        width = parse(name).tile_bytes(width)
+    whole = torch.empty(sum(counts), width, dtype=dtype)
+    parts = list(whole.split(counts))
+    for tensor, part in zip(tensors, parts, strict=True):
+        tensor._pack(part)
+    return whole, parts
 
 
 class GgufFile:
