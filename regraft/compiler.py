@@ -188,7 +188,7 @@ def _is_gguf(model: Any) -> bool:
 
 def _compile_gguf(path: Path, pipeline: _Pipeline) -> Compiled:
     """The language model of a GGUF file."""
-    from regraft.frontends.gguf import load_gguf
+    from regraft.frontends.gguf import give_back, load_gguf
     from regraft.frontends.huggingface import capture
 
     if not path.is_file():
@@ -203,6 +203,7 @@ def _compile_gguf(path: Path, pipeline: _Pipeline) -> Compiled:
         def make() -> tuple[Program, Report]:
             program = capture(model)
             given.attach(program)
+            give_back()
             return program, pipeline.run(("", program, default))
 
         key = pipeline.key(model, [*pipeline.steps(default), given.digest])
