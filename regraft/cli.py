@@ -268,7 +268,9 @@ def _load(name: str, tokenizer: bool = True) -> tuple[Any, Any]:
         _hush()
     folder = _folder(name)
     if _is_gguf(folder):
-        words = _tokenizer(folder) if tokenizer else None
+        words = _tokenizer(folder) if tokenizer and folder.is_file() else None
+        if tokenizer and words is None and folder.is_file():
+            raise RegraftError(f"{name} has no tokenizer that can be read: give a folder with one")
         return folder, words
     if _is_artefact(folder):
         raise RegraftError(f"{name} is compiled already: name the model it was compiled from")
@@ -296,7 +298,7 @@ def _is_gguf(path: Path) -> bool:
 
 
 def _tokenizer(folder: Path) -> Any:
-    """The tokenizer of a folder or a GGUF file; None where a folder has none."""
+    """The tokenizer of a folder, None where it has none, or of a GGUF file, None where unknown."""
     from transformers import AutoTokenizer
 
     from regraft import RegraftError
@@ -304,8 +306,8 @@ def _tokenizer(folder: Path) -> Any:
     if _is_gguf(folder):
         try:
             return AutoTokenizer.from_pretrained(folder.parent, gguf_file=folder.name)
-        except Exception as error:
-            raise RegraftError(f"{folder} has no tokenizer that can be read: {error}") from error
+        except Exception:
+            return None
     if not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab*")):
         return None
     try:
