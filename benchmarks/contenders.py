@@ -24,14 +24,20 @@ import regraft
 from regraft.program import RegraftError
 
 EAGER, COMPILED, DENSE, QUANTIZED = "eager", "torch.compile", "regraft dense", "regraft 4-bit"
-ONNX = "onnxruntime"
+ONNX, LLAMA = "onnxruntime", "llama.cpp"
+PACKED: dict[str, dict[str, Any] | None] = {
+    "regraft packed": None,
+    "regraft packed, 4-bit cache": {"bits": 4, "outliers": 0.0},
+}
+"""The GGUF file's own 4-bit weights, and settings of KVQuant."""
+FROM_GGUF = (*PACKED, LLAMA)
 CODED: dict[str, dict[str, Any]] = {
     QUANTIZED: {"bits": 4, "outliers": 0.0},
     "regraft 4-bit 1 %": {"bits": 4},
     "regraft 2-bit 1 %": {"bits": 2},
 }
 """Settings of KVQuant, without calibration."""
-NAMES = (EAGER, COMPILED, DENSE, *CODED, ONNX)
+NAMES = (EAGER, COMPILED, DENSE, *CODED, *PACKED, LLAMA, ONNX)
 PROMPT, THREADS = 512, 2
 
 KeysValues = Sequence[tuple[Tensor, Tensor]]
@@ -48,8 +54,11 @@ class Contender:
     take: Callable[[Any, KeysValues], None] | None = None
 
 
-def build(name: str, model: Any, onnx: Path | None = None) -> Contender:
-    """RegraftError with the reason where it cannot run here."""
+def build(name: str, model: Any, onnx: Path | None = None, gguf: Path | None = None) -> Contender:
+    """The contender on model, an export of it in onnx, or the file it was made from, as it takes.
+
+    RegraftError with the reason where it cannot run here.
+    """
     if name == EAGER:
         from transformers import DynamicCache
 
@@ -63,6 +72,15 @@ def build(name: str, model: Any, onnx: Path | None = None) -> Contender:
         if onnx is None:
             raise RegraftError("onnxruntime needs the folder of an export")
         return onnx_contender(onnx)
+    if name in FROM_GGUF and gguf is None:
+        raise RegraftError(f"{name} needs a GGUF file")
+    if name == LLAMA:
+        return llama_contender(gguf)
+    if name in PACKED:
+        settings = PACKED[name]
+        passes = [] if settings is None else [regraft.KVQuant(**settings)]
+        packed = regraft.compile(gguf, passes)
+        return Contender(_caller(packed), lambda room: packed.new_cache())
     compiled = regraft.compile(model, [regraft.KVQuant(**CODED[name])] if name in CODED else [])
     return Contender(_caller(compiled), lambda room: compiled.new_cache())
 
@@ -161,6 +179,48 @@ def onnx_contender(folder: Path) -> Contender:
     return Contender(call, lambda room: OnnxCache(empty), take)
 
 
+class LlamaCache:
+    """A context of llama.cpp, with its own cache in float16."""
+
+    def __init__(self, library: Any, gguf: Path, room: int) -> None:
+        threads = torch.get_num_threads()
+        self.library = library
+        self.run = library.Llama(
+            str(gguf), n_ctx=room, n_batch=PROMPT, n_threads=threads,
+            n_threads_batch=threads, verbose=False,
+        )  # fmt: skip
+        settings = self.run.metadata
+        heads, size, layers = (
+            int(settings[f"llama.{name}"])
+            for name in ("attention.head_count_kv", "rope.dimension_count", "block_count")
+        )
+        self.token_bytes = 2 * 2 * heads * size * layers
+
+    @property
+    def nbytes(self) -> int:
+        return self.token_bytes * self.run.n_tokens
+
+    def reset(self) -> None:
+        self.run.reset()
+
+    def call(self, ids: Tensor) -> Tensor:
+        self.run.eval(ids[0].tolist())
+        logits = self.library.llama_get_logits_ith(self.run.ctx, -1)
+        return torch.tensor(logits[: self.run.n_vocab()]).view(1, 1, -1)
+
+
+def llama_contender(gguf: Path | None) -> Contender:
+    """llama.cpp on a GGUF file."""
+    assert gguf is not None
+    try:
+        import llama_cpp
+    except ImportError as error:
+        raise RegraftError("llama-cpp-python is not installed (extra peers)") from error
+    return Contender(
+        lambda ids, cache: cache.call(ids), lambda room: LlamaCache(llama_cpp, gguf, room)
+    )
+
+
 def generate(contender: Contender, ids: Tensor, cache: Any, count: int) -> Tensor:
     """The next ids [1, 1] after ``count`` greedy steps from ids [1, n]."""
     for _ in range(count):
@@ -168,16 +228,18 @@ def generate(contender: Contender, ids: Tensor, cache: Any, count: int) -> Tenso
     return ids
 
 
-def probe(name: str, folder: Path, onnx: Path | None) -> dict[str, float]:
+def probe(name: str, folder: Path, onnx: Path | None, gguf: Path | None = None) -> dict[str, float]:
     """In this process: seconds to the end of a first answer (compiling, a prompt, two tokens) and
     of a second one, and the peak of resident memory in MiB."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = None
+    if name not in FROM_GGUF:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     prompt = torch.arange(PROMPT)[None] % 200 + 3
     with torch.inference_mode():
         start = time.perf_counter()
-        contender = build(name, model, onnx)
+        contender = build(name, model, onnx, gguf)
         cache = contender.new_cache(PROMPT + 16)
         generate(contender, prompt, cache, 3)
         first = time.perf_counter() - start
@@ -187,12 +249,14 @@ def probe(name: str, folder: Path, onnx: Path | None) -> dict[str, float]:
         return {"first": first, "later": time.perf_counter() - start, "peak MiB": _peak_mib()}
 
 
-def probe_fresh(name: str, folder: Path, onnx: Path | None, caches: Path) -> dict[str, float]:
+def probe_fresh(
+    name: str, folder: Path, onnx: Path | None, caches: Path, gguf: Path | None = None
+) -> dict[str, float]:
     """``probe`` in a process of its own, whose compilers keep what they make in ``caches``."""
     command = [sys.executable, "-m", "regraft.benchmarks.contenders", name, str(folder)]
     path = os.pathsep.join(dict.fromkeys(filter(None, sys.path)))
     done = subprocess.run(
-        command + ([str(onnx)] if onnx else []),
+        [*command, str(onnx or ""), str(gguf or "")],
         env={**os.environ, **cache_folders(caches), "PYTHONPATH": path},
         capture_output=True,
         text=True,
@@ -222,8 +286,8 @@ def _peak_mib() -> float:
 
 if __name__ == "__main__":
     torch.set_num_threads(THREADS)
-    given = [Path(item) for item in sys.argv[2:]]
+    given = [Path(item) if item else None for item in sys.argv[2:]]
     try:
-        print(json.dumps(probe(sys.argv[1], given[0], given[1] if len(given) > 1 else None)))
+        print(json.dumps(probe(sys.argv[1], *given)))  # type: ignore[arg-type]
     except RegraftError as error:
         sys.exit(str(error))

@@ -17,8 +17,10 @@ from regraft.benchmarks.contenders import (
     COMPILED,
     DENSE,
     EAGER,
+    LLAMA,
     NAMES,
     ONNX,
+    PACKED,
     PROMPT,
     QUANTIZED,
     THREADS,
@@ -40,7 +42,7 @@ from regraft.program import RegraftError
 
 DEPTHS, ROOM = (0, 1024, 8000), 1280
 GENERATED, BLOCK, CHUNK, REPEATS = 128, 16, 512, 5
-QUICK = (EAGER, DENSE, QUANTIZED)
+QUICK = (EAGER, DENSE, QUANTIZED, *PACKED, LLAMA)
 
 
 def run(quick: bool, onnx: Path | None = None) -> Result:
@@ -56,22 +58,25 @@ def run(quick: bool, onnx: Path | None = None) -> Result:
 def _run(quick: bool, onnx: Path | None, scratch: Path) -> Result:
     from transformers import AutoModelForCausalLM
 
-    from regraft.assets import smollm2
+    from regraft.assets import smollm2, smollm2_gguf
 
-    folder = smollm2()
+    folder, gguf = smollm2(), smollm2_gguf()
     names = QUICK if quick else NAMES
     depths = (1024,) if quick else DEPTHS
     stages = len(names) * (1 if quick else 3) + 1 + len(depths)
     with progress("decode", stages) as stage:
-        probes, absent = ({}, {}) if quick else _probes(names, folder, onnx, scratch, stage)
+        probes, absent = ({}, {}) if quick else _probes(names, folder, onnx, gguf, scratch, stage)
         absent |= {name: "skipped with --quick" for name in NAMES if name not in names}
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         contenders = {}
         with _environment({} if quick else cache_folders(scratch)):
             for name in names:
                 stage(f"compile {name}")
-                if name not in absent:
-                    contenders[name] = build(name, model, onnx)
+                try:
+                    if name not in absent:
+                        contenders[name] = build(name, model, onnx, gguf)
+                except RegraftError as error:
+                    absent[name] = str(error)
             stage(f"pp{PROMPT}")
             times = _prefill(contenders, 2 if quick else REPEATS)
             for depth in depths:
@@ -92,6 +97,7 @@ def _probes(
     names: tuple[str, ...],
     folder: Path,
     onnx: Path | None,
+    gguf: Path,
     scratch: Path,
     stage: Callable[[str], None],
 ) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
@@ -103,9 +109,9 @@ def _probes(
             absent[name] = "no export given (--onnx FOLDER)"
             continue
         try:
-            cold = probe_fresh(name, folder, onnx, scratch)
+            cold = probe_fresh(name, folder, onnx, scratch, gguf)
             stage(f"warm {name}")
-            warm = cold if name == EAGER else probe_fresh(name, folder, onnx, scratch)
+            warm = cold if name == EAGER else probe_fresh(name, folder, onnx, scratch, gguf)
         except RegraftError as error:
             absent[name] = str(error)
             continue
@@ -219,6 +225,7 @@ def _checks(config: Any, rows: list[dict]) -> list[Check]:
         ours, theirs = speed.get((name, test, depth)), speed.get((over, test, depth))
         return ours / theirs if ours and theirs else None
 
+    packed, packed_cache = PACKED
     deep = kept.get((QUANTIZED, deepest))
     cold, warm = cost[DENSE]
     return [
@@ -230,6 +237,13 @@ def _checks(config: Any, rows: list[dict]) -> list[Check]:
         ),
         Check.at_least("prefill, dense / eager", gain(EAGER, "pp", 0), 1.0),
         Check.at_least("prefill, dense / torch.compile", gain(COMPILED, "pp", 0), 1.0),
+        Check.at_least("decode at 1K, packed / llama.cpp", gain(LLAMA, "tg", 1024, packed), 1.0),
+        Check.at_least(
+            "decode at 8K, packed, 4-bit cache / llama.cpp",
+            gain(LLAMA, "tg", deepest, packed_cache),
+            1.8,
+        ),
+        Check.at_least("prefill, packed / llama.cpp", gain(LLAMA, "pp", 0, packed), 1.0),
         Check.at_most("compile seconds, cold", cold, 30),
         Check.at_most("compile seconds, warm", warm, 5),
         Check.at_most("4-bit cache at 8K / float16", deep / half if deep else None, 0.3),

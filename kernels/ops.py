@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from regraft.kernels.attention.reference import attention
+from regraft.kernels.linear import packed as packed_linear
 from regraft.kernels.rotary.reference import rotate
 
 _library = torch.library.Library("regraft", "DEF")
@@ -17,10 +18,11 @@ bodies: dict[torch._ops.OpOverload, Callable] = {}
 gradients."""
 
 
-def _define(schema: str, body, fake) -> None:
+def _define(schema: str, body, fake, call=None) -> None:
+    """An operator; ``call`` is what it runs, where that is another than its reference body."""
     _library.define(schema)
     name = schema.split("(")[0]
-    _library.impl(name, body, "CompositeExplicitAutograd")
+    _library.impl(name, call or body, "CompositeExplicitAutograd")
     torch.library.register_fake(f"regraft::{name}", fake, lib=_library)
     bodies[getattr(torch.ops.regraft, name).default] = body
 
@@ -102,4 +104,17 @@ _define(
     "str style, int offset) -> (Tensor, Tensor, Tensor)",
     _cached,
     _cached_fake,
+)
+_define(
+    "packed_linear(Tensor x, Tensor packed, Tensor? bias, str format, int rows) -> Tensor",
+    packed_linear.reference,
+    lambda x, packed, bias, format, rows: x.new_empty(*x.shape[:-1], rows),
+    packed_linear.linear,
+)
+_define(
+    "packed_embedding(Tensor ids, Tensor packed, str format, int rows, int columns) -> Tensor",
+    packed_linear.embedding,
+    lambda ids, packed, format, rows, columns: ids.new_empty(
+        *ids.shape, columns, dtype=torch.float32
+    ),
 )

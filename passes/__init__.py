@@ -3,6 +3,7 @@
 from regraft.passes.base import Context, Pass, PassResult, pass_named, registry, run
 from regraft.passes.clean_up import CleanUp
 from regraft.passes.fuse_linear import FuseLinear
+from regraft.passes.keep_packed import KeepPacked
 from regraft.passes.kvquant import KVQuant
 from regraft.passes.outline import OutlineLayers
 from regraft.passes.prune import Prune
@@ -12,6 +13,7 @@ from regraft.passes.raise_linear import RaiseLinear
 from regraft.passes.raise_mask import RaiseMask
 from regraft.passes.raise_sdpa import RaiseSdpa
 from regraft.passes.raise_softmax import RaiseSoftmax
+from regraft.passes.weight_quant import WeightQuant
 
 DEFAULT: tuple[Pass, ...] = (
     CleanUp(),
@@ -22,6 +24,9 @@ DEFAULT: tuple[Pass, ...] = (
     FuseLinear(),
 )
 """What every compiled model gets before the passes that the user asked for."""
+
+GGUF: tuple[Pass, ...] = (KeepPacked(), FuseLinear())
+"""What takes the place of FuseLinear where weights come from a GGUF file."""
 
 STATELESS: tuple[Pass, ...] = (CleanUp(), RaiseSdpa(), FuseLinear())
 """The same for programs that keep no cache."""
@@ -36,6 +41,8 @@ __all__ = [
     "CleanUp",
     "Context",
     "FuseLinear",
+    "GGUF",
+    "KeepPacked",
     "KVQuant",
     "OutlineLayers",
     "Pass",
@@ -47,6 +54,7 @@ __all__ = [
     "RaiseMask",
     "RaiseSoftmax",
     "RaiseSdpa",
+    "WeightQuant",
     "pass_named",
     "registry",
     "run",

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import fx
 
+from regraft.kernels.linear.formats import HALVES, ROWS
 from regraft.passes.base import Context, Pass, PassResult
 from regraft.program import Program
 from regraft.program.program import source_of
 
 aten = torch.ops.aten
+packed_linear = torch.ops.regraft.packed_linear.default
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class FuseLinear(Pass):
         for node in program.graph.find_nodes(op="call_function", target=aten.linear.default):
             if node.args[1].op == "get_attr":
                 groups[node.args[0], len(node.args) > 2 and node.args[2] is not None].append(node)
-        matches, skipped = 0, []
+        matches, skipped = _fuse_packed(program), []
         for nodes in groups.values():
             if len(nodes) < 2:
                 continue
@@ -60,20 +62,71 @@ def _fuse(module: fx.GraphModule, nodes: list[fx.Node]) -> dict[str, list[str]]:
             fused.append(graph.get_attr(name))
             fused[-1].meta = {**first.args[index].meta, "val": stacked}
         linear = graph.call_function(aten.linear.default, (first.args[0], *fused))
-        sizes = [int(node.meta["val"].shape[-1]) for node in nodes]
-        split = graph.call_function(aten.split_with_sizes.default, (linear, sizes, -1))
-        linear.meta = {**first.meta}
-        linear.meta["val"] = torch.cat([node.meta["val"] for node in nodes], -1)
-        for i, node in enumerate(nodes):
-            piece = graph.call_function(getitem, (split, i))
-            piece.meta = dict(node.meta)
-            node.replace_all_uses_with(piece)
+        _split_among(nodes, linear)
+    return stacked_from
+
+
+def _split_among(nodes: list[fx.Node], linear: fx.Node) -> None:
+    """Give the channels of ``linear`` to the users of the nodes that it stands for."""
+    graph = linear.graph
+    sizes = [int(node.meta["val"].shape[-1]) for node in nodes]
+    split = graph.call_function(aten.split_with_sizes.default, (linear, sizes, -1))
+    linear.meta = {**nodes[0].meta}
+    linear.meta["val"] = torch.cat([node.meta["val"] for node in nodes], -1)
+    for i, node in enumerate(nodes):
+        piece = graph.call_function(getitem, (split, i))
+        piece.meta = dict(node.meta)
+        node.replace_all_uses_with(piece)
     for node in nodes:
         graph.erase_node(node)
     for node in list(graph.nodes):
         if node.target in (aten.view.default,) and _is_item(node.args[0]):
             node.target = aten.reshape.default
-    return stacked_from
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    """The tensors as one, without a copy where they follow each other in memory."""
+    ends = [part.data_ptr() + part.nbytes for part in parts]
+    same = all(part.untyped_storage()._cdata == parts[0].untyped_storage()._cdata for part in parts)
+    if not same or ends[:-1] != [part.data_ptr() for part in parts[1:]]:
+        return torch.cat(parts)
+    rows = sum(len(part) for part in parts)
+    return parts[0].as_strided((rows, parts[0].shape[1]), parts[0].stride())
+
+
+def _fuse_packed(program: Program) -> int:
+    """The same of layers whose weights are packed in one format; how many groups there were."""
+    module, graph, found = program.graph_module, program.graph, 0
+    groups: dict[tuple, list[fx.Node]] = defaultdict(list)
+    for node in graph.find_nodes(op="call_function", target=packed_linear):
+        x, weight, bias, format, rows = node.args
+        if bias is None and rows % ROWS == 0 and len(weight.users) == 1 and format not in HALVES:
+            groups[x, format].append(node)
+    for (x, format), nodes in groups.items():
+        if len(nodes) < 2:
+            continue
+        position = {node: i for i, node in enumerate(graph.nodes)}
+        weights: list[Any] = [node.args[1] for node in nodes]
+        packed = _joined([getattr(module, weight.target) for weight in weights])
+        first = min(nodes, key=position.__getitem__)
+        with graph.inserting_before(first):
+            name = f"{weights[0].target}_fused"
+            module.register_buffer(name, packed)
+            weight = graph.get_attr(name)
+            weight.meta["val"] = packed
+            counts: list[Any] = [node.args[4] for node in nodes]
+            linear = graph.call_function(packed_linear, (x, weight, None, format, sum(counts)))
+            _split_among(nodes, linear)
+        sources = program.metadata.get("packed", {})
+        parts = [sources.pop(weight.target, None) for weight in weights]
+        if all(parts):
+            sources[name] = [source for part in parts for source in part]
+        for weight in weights:
+            graph.erase_node(weight)
+            weight.meta.clear()  # erased nodes live until garbage is collected
+            delattr(module, weight.target)
+        found += 1
+    return found
 
 
 def _is_item(node) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from regraft.passes.base import Context, Pass, PassResult
 from regraft.passes.fuse_linear import FuseLinear, split_fused
+from regraft.passes.packed import refuse_packed
 from regraft.passes.pruning import scores
 from regraft.passes.pruning.blocks import Block, find, has_query_heads
 from regraft.passes.pruning.fisher import Gradients, gradients
@@ -101,6 +102,7 @@ class Prune(Pass):
             raise RegraftError("Prune needs a budget: macs=0.6, latency=0.6, or masks=FILE")
         if program.prefill is not None:
             raise RegraftError("Prune: models with recurrent layers are not pruned yet")
+        refuse_packed(program, "Prune")
         _refuse_dropout(program)
         roles = {spec.role for spec in program.inputs}
         if "cache" in roles and not is_decoder(program):

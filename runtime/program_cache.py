@@ -1,7 +1,8 @@
 """Programs that were captured and transformed before, by what they were made from.
 
 An entry is one safetensors file: constants as tensors, the graph as JSON in its header. The
-model's own parameters are taken from the model, stacked ones are stacked again.
+model's own parameters are taken from the model, stacked ones are stacked again, packed ones read
+again from the file that they come from.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import hashlib
 import inspect
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -85,23 +86,26 @@ def store(path: Path, program: Program, report: Report) -> None:
         graphs = program_to_json(program)
     except RegraftError:
         return
-    parameters, stacked = {}, {}
+    parameters, stacked, packed = {}, {}, {}
     for prefix, part in program.parts.items():
         known = part.metadata["parameters"]
         parameters |= {prefix + name: source for name, source in known.items()}
         for name, parts in part.metadata.get("stacked", {}).items():
             stacked[prefix + name] = [known[each] for each in parts]
+        for name, parts in part.metadata.get("packed", {}).items():
+            packed[prefix + name] = parts
     used = program_tensors(program)
     constants = {
         name: tensor.detach().contiguous().clone()
         for name, tensor in used.items()
-        if name not in parameters and name not in stacked
+        if not any(name in known for known in (parameters, stacked, packed))
     }
     entry = {
         "program": graphs,
         "report": report_to_json(report),
         "parameters": {name: source for name, source in parameters.items() if name in used},
         "stacked": {name: sources for name, sources in stacked.items() if name in used},
+        "packed": {name: sources for name, sources in packed.items() if name in used},
     }
     try:
         with written_whole(path) as partial:
@@ -110,8 +114,13 @@ def store(path: Path, program: Program, report: Report) -> None:
         log.warning("regraft: the compiled program is not kept for next time: %s", error)
 
 
-def fetch(path: Path, model: torch.nn.Module) -> tuple[Program, Report] | None:
-    """The program of an earlier compilation on this model's weights, if there is one."""
+def fetch(
+    path: Path, model: torch.nn.Module, packed: Callable[[list[str]], Tensor] | None = None
+) -> tuple[Program, Report] | None:
+    """The program of an earlier compilation on this model's weights, if there is one.
+
+    packed(names): what the tensors of these names in the model's file are packed to, joined.
+    """
     if not path.is_file():
         return None
     try:
@@ -129,6 +138,12 @@ def fetch(path: Path, model: torch.nn.Module) -> tuple[Program, Report] | None:
                     stacked = torch.cat([known[part] for part in parts])
                 made[tuple(parts)] = torch.nn.Parameter(stacked, requires_grad=False)
             tensors[name] = made[tuple(parts)]
+        held: dict[tuple[str, ...], Tensor] = {}
+        for name, parts in entry["packed"].items():
+            if tuple(parts) not in held:
+                assert packed is not None
+                held[tuple(parts)] = packed(parts)
+            tensors[name] = held[tuple(parts)]
         program = program_from_json(entry["program"], tensors)
         return program, report_from_json(entry["report"])
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RegraftError) as error:

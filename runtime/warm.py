@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
+from regraft.kernels.linear import packed
 from regraft.program import Program
 from regraft.program.program import spec_of
 from regraft.program.serialize import tensors_of
@@ -20,6 +22,7 @@ def warm_up(program: Program) -> None:
     """Decode a random token with each kind of layer that the program has."""
     if not program.cache.kernels:
         return
+    packed.prepare(set(_packed_formats(program)))
     target = torch.ops.regraft.cached_attention.default
     nodes = program.graph.find_nodes(op="call_function", target=target)
     weights = tensors_of(program.graph_module).values()
@@ -46,6 +49,16 @@ def warm_up(program: Program) -> None:
             )
             style, offset = node.args[11:]
             layer.step(*qkv, table, interleaved=style == "interleaved", offset=offset)
+
+
+def _packed_formats(program: Program) -> Iterator[tuple[str, bool]]:
+    """(format, whether there is a bias) of packed linear layers, those in regions included."""
+    for part in program.parts.values():
+        for module in part.graph_module.modules():
+            if isinstance(module, fx.GraphModule):
+                target = torch.ops.regraft.packed_linear.default
+                for node in module.graph.find_nodes(op="call_function", target=target):
+                    yield str(node.args[3]), node.args[2] is not None
 
 
 def _rotation(length: int, pairs: int, device: torch.device) -> tuple[Tensor, Tensor]:

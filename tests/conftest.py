@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from regraft.assets import FOLDER, ONNX_FOLDER
+from regraft.assets import FOLDER, GGUF_FOLDER, ONNX_FOLDER
 from regraft.program.folders import cache_dir
 
 os.environ["REGRAFT_INDUCTOR"] = os.environ["REGRAFT_TVM"] = "0"
@@ -33,7 +33,7 @@ def tiny(model_type: str, **changes):
 def own_cache(tmp_path_factory):
     """Nothing of a test stays in the user's cache; models that are there are used."""
     real, folder = cache_dir(), tmp_path_factory.mktemp("cache")
-    for name in (FOLDER, ONNX_FOLDER):
+    for name in (FOLDER, GGUF_FOLDER, ONNX_FOLDER):
         if (real / name).is_dir():
             (folder / name).symlink_to(real / name)
     before = os.environ.get("REGRAFT_CACHE")

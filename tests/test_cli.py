@@ -156,3 +156,26 @@ def test_a_compiled_folder_generates_and_can_be_inspected(folder, tmp_path):
         regraft("inspect", "-m", target, "--kv-bits", "4")
     with pytest.raises(RegraftError, match="name the model it was compiled from"):
         regraft("inspect", "-m", target, "--diff", "CleanUp")
+
+
+def test_a_gguf_file_compiles_to_a_folder(folder, tmp_path):
+    pytest.importorskip("gguf")
+    from tests.gguf_files import write
+
+    file = write(tmp_path / "tiny.gguf")
+    assert "KeepPacked" in regraft("compile", file, tmp_path / "out", "--kv-bits", 4)
+    assert "KeepPacked" in regraft("inspect", "-m", file)
+    assert (tmp_path / "out" / "regraft.json").is_file()
+    with pytest.raises(RegraftError, match="no tokenizer that can be read"):
+        regraft("generate", "-m", file, "-p", "one")
+    with pytest.raises(RegraftError, match="is no file"):
+        regraft("inspect", "-m", tmp_path / "missing.gguf")
+    with pytest.raises(RegraftError, match="is a GGUF file"):
+        regraft("inspect", "-m", file, "--diff", "CleanUp")
+
+
+def test_weight_bits(folder, tmp_path):
+    assert "WeightQuant" in regraft("compile", folder, tmp_path / "out", "--weight-bits", 8)
+    assert regraft("generate", "-m", tmp_path / "out", "-p", "one two", "-n", 4)
+    with pytest.raises(RegraftError, match="--weight-bits 3: 8, 4 or none"):
+        regraft("compile", folder, tmp_path / "out2", "--weight-bits", 3)

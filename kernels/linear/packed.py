@@ -1,0 +1,105 @@
+"""Packed linear layers by the kernels of their device, else by dequantised tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from regraft.kernels.compiled import KernelError, tell, wanted
+from regraft.kernels.linear import llvm
+from regraft.kernels.linear.formats import HALVES, ROWS, check, dequantize, parse, unpack, values
+from regraft.program import RegraftError
+
+FEW, TILES = 16, 64
+"""Rows up to which kernels read the codes themselves; tiles that are dequantised at once."""
+NOTICE = "packed linear layers run by reference, slower"
+
+
+def linear(x: Tensor, packed: Tensor, bias: Tensor | None, format: str, rows: int) -> Tensor:
+    """x [..., columns] times packed weights [rows, columns] transposed, plus bias [rows].
+
+    Few rows of x by a TVM kernel that rounds them to 15 bits by blocks; more, and where there is no
+    kernel (with one notice), by torch on tiles of dequantised weights. REGRAFT_TVM=0 asks for that.
+    """
+    columns = x.shape[-1]
+    check(packed, format, rows, columns)
+    if bias is not None and tuple(bias.shape) != (rows,):
+        raise RegraftError(f"bias of {list(bias.shape)} for {rows} channels")
+    flat = x.reshape(-1, columns).float()
+    kernels = x.device.type == "cpu" and wanted()
+    out = None
+    if kernels and 0 < flat.shape[0] <= FEW:
+        try:
+            added = None if bias is None else bias.float().contiguous()
+            out = llvm.linear(flat, packed, added, format, rows)
+        except KernelError as error:
+            tell(NOTICE, error)
+    if out is None:
+        out = _by_tiles(flat, packed, format, rows, kernels)
+        out = out if bias is None else out.add_(bias)
+    return out.view(*x.shape[:-1], rows).to(x.dtype)
+
+
+def prepare(kinds: Iterable[tuple[str, bool]]) -> None:
+    """Make the kernels of (format, whether there is a bias), where they can be made."""
+    for format, bias in kinds:
+        if wanted():
+            try:
+                llvm.prepare(format, bias)
+            except KernelError as error:
+                tell(NOTICE, error)
+
+
+def reference(x: Tensor, packed: Tensor, bias: Tensor | None, format: str, rows: int) -> Tensor:
+    """What ``linear`` computes, rounding aside; autograd can follow it."""
+    weight = dequantize(packed, format, rows, x.shape[-1]).to(x.dtype)
+    return F.linear(x, weight, bias)
+
+
+def embedding(ids: Tensor, packed: Tensor, format: str, rows: int, columns: int) -> Tensor:
+    """Rows of packed weights [rows, columns] by ids [...]: float32 [..., columns]."""
+    check(packed, format, rows, columns)
+    flat = ids.reshape(-1)
+    if flat.numel() and not (0 <= int(flat.min()) and int(flat.max()) < rows):
+        raise RegraftError(f"token ids lie outside the {rows} rows of the embedding")
+    if format in HALVES:
+        found = packed[flat].float()
+    else:
+        kind = parse(format)
+        picked = torch.empty(flat.numel(), columns)
+        for start in range(0, flat.numel(), FEW):
+            part = flat[start : start + FEW]
+            codes, parts = unpack(packed[part // ROWS], kind, columns)
+            own = torch.arange(part.numel()) * ROWS + part % ROWS
+            picked[start : start + FEW] = values(
+                kind, codes[own], {name: x[own] for name, x in parts.items()}
+            )
+        found = picked
+    return found.view(*ids.shape, columns)
+
+
+def _by_tiles(x: Tensor, packed: Tensor, format: str, rows: int, kernels: bool) -> Tensor:
+    columns = x.shape[1]
+    if format in HALVES:
+        return torch.cat([x @ part.float().t() for part in packed.split(TILES * ROWS)], 1)
+    out = x.new_empty(x.shape[0], rows)
+    for start in range(0, packed.shape[0], TILES):
+        stop = min(start + TILES, packed.shape[0])
+        width = min(rows, stop * ROWS) - start * ROWS
+        weight = _transposed(packed, format, columns, range(start, stop), kernels)[:, :width]
+        out[:, start * ROWS : start * ROWS + width] = x @ weight
+    return out
+
+
+def _transposed(packed: Tensor, format: str, columns: int, tiles: range, kernels: bool) -> Tensor:
+    """Tiles of weights as float32 [columns, channels]."""
+    if kernels:
+        try:
+            return llvm.unpacked(packed, format, columns, tiles)
+        except KernelError as error:
+            tell(NOTICE, error)
+    part = packed[tiles.start : tiles.stop]
+    return dequantize(part, format, len(tiles) * ROWS, columns).t()
