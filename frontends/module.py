@@ -22,6 +22,7 @@ from regraft.kernels import ops  # noqa: F401  registers the regraft:: operators
 from regraft.program import Program, RegraftError, TensorSpec
 
 TORCH = str(Path(torch.__file__).parent)
+COEXEC = str(Path(__file__).resolve().parents[1] / "runtime" / "coexec")
 WEIGHTS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 higher = torch.ops.higher_order
 
@@ -338,7 +339,7 @@ def _explain(module: nn.Module, error: BaseException) -> str:
 def _line(module: nn.Module, error: BaseException) -> str:
     """file:line of the innermost frame that is the user's, else of the module's forward."""
     frames = traceback.extract_tb(error.__traceback__)[1:]
-    own = [f for f in frames if not f.filename.startswith((TORCH, "<"))]
+    own = [f for f in frames if not f.filename.startswith((TORCH, COEXEC, "<"))]
     if own:
         return f"{own[-1].filename}:{own[-1].lineno} ({(own[-1].line or '').strip()})"
     try:

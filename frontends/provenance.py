@@ -14,7 +14,8 @@ from torch.fx import traceback
 from torch.nn.modules import module as hooks
 
 _FRAME = re.compile(r'File "(.+)", line (\d+)')
-_OURS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+_HERE = Path(__file__).resolve().parent
+_OURS = (str(Path(torch.__file__).parent), str(_HERE), str(_HERE.parent / "runtime" / "coexec"))
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 DEFERRED, RECORD, EAGER = range(3)
 _inside = threading.local()  # a wrapper is at work on this thread
@@ -49,6 +50,7 @@ _MAKERS = ("tensor", "as_tensor", "from_numpy", "frombuffer", "asarray", "from_d
 
 @cache
 def install(ext: Any) -> None:
+    _device_constructors()  # ``with torch.device(...)`` is to know the makers as they were
     for name in (*_VALUES, *_ARRAYS, *_MEMORY, *_AUTOGRAD):
         _wrap_method(ext, name)
     for name in _PROPERTIES:

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import regraft
+from regraft.program import RegraftError
 from regraft.runtime.coexec.build import extension
 
 
@@ -435,3 +436,19 @@ def test_dropout_draws_in_the_order_of_the_program():
     torch.manual_seed(3)
     together = regraft.coexecute(step, measure=False)
     assert [together() for _ in range(4)] == expected
+
+
+def test_code_outside_sees_torch_as_it_was():
+    """The wrappers of torch's functions and methods do not show where nothing is co-executed."""
+    together = regraft.coexecute(lambda x: x + 1, measure=False)
+    together(torch.ones(2))
+    with torch.device("meta"):
+        assert torch.tensor([1.0]).is_meta and torch.asarray([1.0]).is_meta
+    assert torch.tensor.__wrapped__ in torch.utils._device._device_constructors()
+
+    class Reads(torch.nn.Module):
+        def forward(self, x):
+            return torch.tensor(x.numpy())
+
+    with pytest.raises(RegraftError, match="test_runtime.py"):
+        regraft.compile(Reads(), example_inputs=(torch.ones(2),))
