@@ -61,20 +61,26 @@ class Runner(fx.Interpreter):
     def logits(self, ids: Tensor, keep: Tensor | None = None) -> Tensor:
         """[batch, kept, vocab] after the tokens at keep, or at all places, of ids [batch, length],
         which begin their sequences."""
-        batch, length = ids.shape
-        places = torch.arange(length, device=ids.device)
-        known = {
-            "input_ids": ids,
-            "attention_mask": torch.ones_like(ids),
-            "position_ids": places.expand(batch, -1),
-            "logits_to_keep": places if keep is None else keep,
-        }
-        sizes: dict[Any, Any] = {"batch_size": batch, "past_sequence_length": 0}
-        for spec in self.program.inputs:
-            if spec.name not in known:
-                shape = [sizes.get(n, n) for n in spec.shape]
-                known[spec.name] = torch.zeros(shape, dtype=spec.dtype, device=ids.device)
-        return self.run(*(known[spec.name] for spec in self.program.inputs))[0]
+        return self.run(*prompt_inputs(self.program, ids, keep))[0]
+
+
+def prompt_inputs(program: Program, ids: Tensor, keep: Tensor | None = None) -> tuple[Tensor, ...]:
+    """A decoder's inputs for ids [batch, length] behind an empty cache; keep: the places [kept]
+    whose logits are wanted, None for all."""
+    batch, length = ids.shape
+    places = torch.arange(length, device=ids.device)
+    known = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "position_ids": places.expand(batch, -1),
+        "logits_to_keep": places if keep is None else keep,
+    }
+    sizes: dict[Any, Any] = {"batch_size": batch, "past_sequence_length": 0}
+    for spec in program.inputs:
+        if spec.name not in known:
+            shape = [sizes.get(n, n) for n in spec.shape]
+            known[spec.name] = torch.zeros(shape, dtype=spec.dtype, device=ids.device)
+    return tuple(known[spec.name] for spec in program.inputs)
 
 
 def _mask(_padding: Any, queries: int, keys: int, offset: int, window: int, batch: int) -> Any:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from regraft.passes.calibrate import pieces
+from regraft.passes.recorder import prompt_inputs
 from regraft.program import Program, RegraftError
 
 DECODER = {"ids", "mask", "positions", "cache"}
@@ -96,22 +97,8 @@ def _sample(program: Program, batch: Any, device: torch.device) -> Sample:
 
 
 def _decoder_sample(program: Program, ids: Tensor) -> Sample:
-    batch, length = ids.shape
-    places = torch.arange(length, device=ids.device)
-    known = {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "position_ids": places.expand(batch, -1),
-        "logits_to_keep": places,
-    }
-    sizes: dict[Any, int] = {"batch_size": batch, "past_sequence_length": 0}
-    for spec in program.inputs:
-        if spec.name not in known:
-            shape = [sizes.get(n, n) for n in spec.shape]
-            known[spec.name] = ids.new_zeros(shape, dtype=spec.dtype)  # type: ignore[arg-type]
     labels = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], -100)], 1)
-    inputs = tuple(known[spec.name] for spec in program.inputs)
-    return Sample(inputs, torch.ones_like(ids, dtype=torch.bool), labels)
+    return Sample(prompt_inputs(program, ids), torch.ones_like(ids, dtype=torch.bool), labels)
 
 
 def _rows_of(sample: Sample, mask: Tensor) -> Sample:
