@@ -97,7 +97,10 @@ def modes(samples: Sequence[dict[str, Samples]], bits: Sequence[int]) -> list[Mo
         made.append(kv_modes.from_fits(f"normal-float {each}-bit", plain, heads, size))
         for share in shares(SHARE):
             known[each, share] = [
-                {kind: fit(kind, given, each, share, each == 2) for kind, given in layer.items()}
+                {
+                    kind: fit(kind, given, each, share, qnorm=each < 8)
+                    for kind, given in layer.items()
+                }
                 for layer in samples
             ]
         for share, suffix in ((0.0, ""), (SHARE, " + 1 %")):

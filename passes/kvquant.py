@@ -38,7 +38,7 @@ class KVQuant(Pass):
     the codebooks "lloyd_max", "normal_float" and "uniform", keys have the range of each ``group``
     of tokens, and values alone have outliers. "rotated" is "lloyd_max" for rotated keys and values
     that a Hadamard matrix has spread over the channels of a head, without outliers. qnorm: codes
-    read with the spread of the data; by default those of 2 bits. Source: KVQuant (arXiv
+    read with the spread of the data; by default those below 8 bits. Source: KVQuant (arXiv
     2401.18079), KIVI (arXiv 2402.02750), QuaRot (arXiv 2404.00456).
     """
 
@@ -155,7 +155,7 @@ class KVQuant(Pass):
                     choices = [(bits, o) for bits in BITS[:3] for o in shares(self.outliers)]
                 made = []
                 for bits, outliers in choices:
-                    qnorm = bits == 2 if self.qnorm is None else self.qnorm
+                    qnorm = bits < 8 if self.qnorm is None else self.qnorm
                     found = fit(kind, given, bits, outliers, qnorm)
                     cost = token_bits(kind, bits, outliers, heads, size)
                     made.append(Option(cost, found.error, found))
