@@ -24,9 +24,11 @@ class Engine {
   TraceGraph* graph = new TraceGraph();
   Metas metas;
   bool overlap = true, anchored = true, paused = false;
+  PyObject* compiler = nullptr;  // compiles stretches of operators; null: none are compiled
   int64_t deferred = 0, recorded = 0, at_once = 0, backwards = 0, backwards_eager = 0, stall_ns = 0;
   std::map<std::string, int64_t> reasons;
   std::map<std::string, Fetch> fetches;
+  std::vector<std::shared_ptr<Stretch>> stretches;
 
   static Engine*& active() {
     thread_local Engine* engine = nullptr;
@@ -48,7 +50,7 @@ class Engine {
     delete graph;
     graph = new TraceGraph();
     cursor_ = graph->root();
-    memos_.clear();
+    memos_.clear(), stretches.clear();
   }
 
   // As new, for another function.
@@ -63,6 +65,8 @@ class Engine {
 
   // All values are there afterwards. Raises what an operator on the tape raised.
   void flush();
+  // Runs the tape, by compiled functions where there are some for its operators.
+  void launch();
   // The placeholder, of any thread, has its value afterwards, unless its operator raised.
   static void materialise(const PlaceholderImpl* placeholder);
   // Destroys finished entries, so that what Python dropped is freed.
@@ -82,7 +86,10 @@ class Engine {
     key.push_back(info.id);
     key.push_back(grad |
                   static_cast<uint64_t>(c10::get_default_dtype_as_scalartype()) << 8);
-    for (size_t i = 0; i < count && !why_; ++i) encode(args[i], info.value_free[i], i);
+    for (size_t i = 0; i < count && !why_; ++i) {
+      if (info.index == static_cast<int>(i) && in_range(args)) key.push_back(11);
+      else encode(args[i], info.value_free[i], i);
+    }
     return why_;
   }
 
@@ -170,9 +177,10 @@ class Engine {
     return made;
   }
 
-  void advance(const Memo* memo) {
+  TraceNode* advance(const Memo* memo) {
     if (cursor_ && ++path_length_ > LONGEST_PATH) cursor_ = nullptr;
     if (cursor_) cursor_ = graph->step(cursor_, memo, wiring);
+    return cursor_;
   }
 
   void put_off(Entry&& entry) {
@@ -288,6 +296,16 @@ class Engine {
     }
     if (value.isComplexDouble()) return key.push_back(10);
     why_ = value.isGenerator() ? "a generator of its own" : "an argument of a special kind";
+  }
+
+  // select's last argument: which item, of those that there are.
+  static bool in_range(const c10::IValue* args) {
+    const auto& tensor = args[0].toTensor();
+    if (!tensor.defined() || !args[2].isInt()) return false;
+    const auto rank = tensor.dim(), dim = args[1].toInt(), index = args[2].toInt();
+    if (dim < -rank || dim >= rank) return false;
+    const auto size = tensor.sizes()[dim < 0 ? dim + rank : dim];
+    return index >= -size && index < size;
   }
 
   // Kernels branch on these values at most.

@@ -1,18 +1,19 @@
 // Waiting for values, and backward passes on the tape.
 #pragma once
-#include "engine.h"
+#include "launch.h"
 
 #include <torch/csrc/autograd/anomaly_mode.h>
 #include <torch/csrc/utils/pybind.h>
 
 namespace regraft {
 
-namespace py = pybind11;
-
 inline void Engine::flush() {
   if (!tape.idle() || tape.done()) {
     const auto start = now();
-    {
+    if (compiler && active() == this) {
+      py::gil_scoped_acquire locked;
+      launch();
+    } else {
       std::optional<py::gil_scoped_release> unlocked;
       if (PyGILState_Check()) unlocked.emplace();
       tape.drain();
@@ -127,6 +128,7 @@ inline Engine::Verdict Engine::begin_backward(const std::vector<at::Tensor>& roo
     return Verdict::Record;
   }
   Entry entry;
+  entry.node = cursor_;
   entry.backward = std::make_unique<Backward>(Backward{roots, seeds, {}, {}, keep_graph});
   auto& job = *entry.backward;
   const auto& specs = cursor_->backward.grads;

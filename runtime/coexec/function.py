@@ -188,8 +188,15 @@ def new_engine(ext: Any) -> Any:
     return _pool.pop() if _pool else ext.new_engine()
 
 
-def run(engine: Any, overlap: bool, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    if not _enter(engine, True, overlap):
+def run(
+    engine: Any,
+    overlap: bool,
+    function: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+    compiler: Any = None,
+) -> Any:
+    if not _enter(engine, True, overlap, compiler):
         return function(*args, **kwargs)
     try:
         result = function(*args, **kwargs)
@@ -200,10 +207,10 @@ def run(engine: Any, overlap: bool, function: Callable[..., Any], args: Any, kwa
     return result
 
 
-def _enter(engine: Any, anchored: bool, overlap: bool) -> bool:
+def _enter(engine: Any, anchored: bool, overlap: bool, compiler: Any = None) -> bool:
     if "torch._dynamo.eval_frame" in sys.modules:
         wrap_dynamo(extension())
-    return engine.enter(anchored, overlap)
+    return engine.enter(anchored, overlap, compiler)
 
 
 def _leave(engine: Any, error: BaseException | None) -> None:

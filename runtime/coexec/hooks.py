@@ -13,7 +13,8 @@ import re
 import sys
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -83,6 +84,16 @@ def _quiet(ext: Any, original: Callable[..., Any], args: Any, kwargs: Any) -> An
     finally:
         _inside.yes = outer
         ext.resume(on)
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """No wrapper of this thread waits in the block."""
+    outer, _inside.yes = getattr(_inside, "yes", False), True
+    try:
+        yield
+    finally:
+        _inside.yes = outer
 
 
 def _wrap_method(ext: Any, name: str) -> None:

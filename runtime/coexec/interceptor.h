@@ -55,16 +55,6 @@ static void fetch(Engine& engine) {
   if (!engine.anchored) engine.restart_path();
 }
 
-template <typename F>
-static void each_tensor(const c10::IValue* values, size_t count, F&& f) {
-  for (size_t i = 0; i < count; ++i) {
-    if (values[i].isTensor()) f(values[i].toTensor(), i);
-    else if (values[i].isList())
-      for (const auto& item : values[i].toListRef())
-        if (item.isTensor()) f(item.toTensor(), i);
-  }
-}
-
 enum class Setting { Usual, Factory, Other };
 
 // Whether operators run here as they would later on the tape.
@@ -181,7 +171,7 @@ static void put_off(Engine& engine, Memo* memo, Stack* stack, bool grad) {
     entry.outs.back() = engine.placeholder(spec.meta, spec.grad);
     return at::Tensor(c10::intrusive_ptr<c10::TensorImpl>(entry.outs.back()));
   };
-  engine.advance(memo);
+  entry.node = engine.advance(memo);
   for (int length : memo->returns) {
     if (length < 0) {
       results.emplace_back(next());

@@ -38,6 +38,7 @@ static bool included() {
 
 // Values that this tensor needs are there afterwards; null: all of this thread, or of all threads.
 static void sync(const std::optional<at::Tensor>& tensor) {
+  if (Tape::running_here()) return;  // a compiled function is at work
   if (tensor)
     if (const auto* placeholder = as_pending(*tensor)) {
       if (placeholder->engine == Engine::active()) fetch(*Engine::active());
@@ -57,9 +58,10 @@ static void sync(const std::optional<at::Tensor>& tensor) {
     }
 }
 
-static bool enter(Engine& engine, bool anchored, bool overlap) {
+static bool enter(Engine& engine, bool anchored, bool overlap, const py::object& compiler) {
   if (Engine::active()) return false;
-  engine.anchored = anchored, engine.overlap = overlap;
+  engine.anchored = anchored, engine.overlap = overlap && compiler.is_none();
+  engine.compiler = compiler.is_none() ? nullptr : compiler.ptr();
   engine.restart_path();
   Engine::active() = &engine;
   include(true);
@@ -73,6 +75,21 @@ static void leave(Engine& engine) {
     ~Reset() { Engine::active() = nullptr, engine.restart_path(); }
   } reset{engine};
   engine.flush();
+}
+
+// inputs: (entry, tensor) pairs; outputs: (entry, result) pairs; varying: numbers it is given.
+static void attach(Stretch& stretch, py::object call,
+                   const std::vector<std::pair<uint32_t, int32_t>>& inputs,
+                   const std::vector<Result>& outputs, const std::vector<uint32_t>& first,
+                   const std::vector<int32_t>& sharing, const std::set<size_t>& varying,
+                   double seconds) {
+  auto segment = std::make_unique<Segment>();
+  for (const auto& [entry, tensor] : inputs) segment->inputs.push_back({entry, tensor});
+  segment->outputs = outputs, segment->first = first, segment->sharing = sharing;
+  segment->call = call.release().ptr();
+  for (size_t i = 0; i < stretch.numbers.size(); ++i) stretch.numbers[i].varies = varying.count(i);
+  stretch.compile_s += seconds;
+  stretch.segment = std::move(segment);
 }
 
 static py::dict stats(Engine& engine) {
@@ -91,6 +108,14 @@ static py::dict stats(Engine& engine) {
   py::list paths;
   for (const auto& [node, depth] : engine.graph->ends()) paths.append(py::make_tuple(depth, node->ends));
   d["paths"] = paths;
+  py::list segments;
+  double seconds = 0;
+  for (const auto& stretch : engine.stretches) {
+    seconds += stretch->compile_s;
+    segments.append(py::make_tuple(stretch->length, stretch->launches, stretch->compile_s,
+                                   stretch->segment ? "compiled" : stretch->state));
+  }
+  d["segments"] = segments, d["compile_s"] = seconds;
   return d;
 }
 
@@ -98,6 +123,11 @@ static py::dict stats(Engine& engine) {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using namespace regraft;
+  py::class_<Stretch, std::shared_ptr<Stretch>>(m, "Stretch")
+      .def("refuse", [](Stretch& s, const std::string& why, double seconds) {
+        s.refuse(why), s.compile_s += seconds;
+      })
+      .def("attach", &attach);
   py::class_<Engine, std::unique_ptr<Engine, py::nodelete>>(m, "Engine")
       .def("enter", &enter)
       .def("leave", [](Engine& e) { translated([&] { leave(e); }); })

@@ -25,8 +25,10 @@ struct OpInfo {
   bool random = false;
   bool masks = false;            // results' sizes depend on data where an argument is a mask
   bool has_tensors = false;
+  bool factory = false;          // makes a tensor of numbers, or as large as another
   bool functional = true;        // writes and returns no argument
   uint64_t id = 0;
+  int index = -1;                // the argument that says which part of a tensor is meant
   std::vector<bool> value_free;  // a number that no metadata depend on
   std::vector<bool> aliased;     // may be written, or be part of the result
   std::vector<bool> written;
@@ -126,6 +128,8 @@ inline const OpInfo& info_of(const c10::OperatorHandle& op) {
     info->has_tensors |= holds_tensors(*argument.type());
   }
   info->kind = kind_of(op, *info);
+  info->factory = !info->has_tensors || info->name.ends_with("_like");
+  if (info->name == "aten::select" && schema.overload_name() == "int") info->index = 2;
   return *(found = std::move(info));
 }
 

@@ -15,7 +15,7 @@
 #include <mutex>
 #include <thread>
 
-#include "trace.h"
+#include "traces.h"
 
 namespace regraft {
 
@@ -32,6 +32,7 @@ struct Backward {
 
 struct Entry {
   Memo* memo = nullptr;
+  TraceNode* node = nullptr;  // null where the graph is full
   bool grad = false;
   std::vector<c10::IValue> args;
   std::vector<c10::intrusive_ptr<PlaceholderImpl>> outs;  // null where the result is an argument
@@ -87,7 +88,7 @@ class Tape {
     std::lock_guard<std::mutex> guard(queue_mutex_);
     if (queue_.empty() || queue_.back().outs.size() != 1 || queue_.back().args.empty()) return false;
     auto& out = queue_.back().outs[0];
-    if (out.get() != placeholder || queue_.back().memo->info->has_tensors) return false;
+    if (out.get() != placeholder || !queue_.back().memo->info->factory) return false;
     queue_.back().old.push_back(at::Tensor(std::move(out)));
     out = std::move(other);
     return true;
@@ -102,6 +103,31 @@ class Tape {
     Plain plain;
     std::lock_guard<std::mutex> guard(run_mutex_);
     while (run_some(executed_here, 0)) {}
+  }
+
+  // Runs everything on the tape by `run(entries)`, on the caller's thread, which holds the GIL.
+  template <typename F>
+  void drain_by(F&& run) {
+    TORCH_CHECK(!running_here(), "the tape was asked to run by an operator that it runs");
+    std::unique_lock<std::mutex> guard(run_mutex_, std::defer_lock);
+    {
+      pybind11::gil_scoped_release unlocked;
+      guard.lock();
+    }
+    std::vector<Entry> batch;
+    {
+      std::lock_guard<std::mutex> locked(queue_mutex_);
+      std::move(queue_.begin(), queue_.end(), std::back_inserter(batch));
+      queue_.clear();
+    }
+    {
+      Plain plain;
+      running_here() = true;
+      run(batch);
+      running_here() = false;
+    }
+    executed_here += batch.size();
+    finish(std::move(batch));
   }
 
   // Finished entries. The caller holds the GIL when they are destroyed.
@@ -138,11 +164,6 @@ class Tape {
   }
 
  private:
-  static bool& running_here() {
-    thread_local bool running = false;
-    return running;
-  }
-
   void wake() {
     std::unique_lock<std::mutex> guard(wake_mutex_);
     if (!worker_.joinable()) worker_ = std::thread([this] { work(); });
@@ -178,14 +199,24 @@ class Tape {
     running_here() = true;
     for (auto& entry : batch) run_or_fail(entry);
     running_here() = false;
+    counter += batch.size();
+    finish(std::move(batch));
+    return true;
+  }
+
+  void finish(std::vector<Entry>&& batch) {
     const auto count = batch.size();
     {
       std::lock_guard<std::mutex> guard(queue_mutex_);
       std::move(batch.begin(), batch.end(), std::back_inserter(done_));
     }
-    counter += count;
     unfinished_.fetch_sub(count, std::memory_order_release);
-    return true;
+  }
+
+ public:
+  static bool& running_here() {
+    thread_local bool running = false;
+    return running;
   }
 
   void run_or_fail(Entry& entry) {
@@ -203,6 +234,11 @@ class Tape {
       if (out && out->pending) out->failed = true;
   }
 
+  void fail(const std::string& what) {
+    error = std::current_exception();
+    failed = what;
+  }
+
   static void fill(Entry& entry, PlaceholderImpl* out, at::Tensor made, bool grad) {
     auto* impl = made.unsafeGetTensorImpl();
     const char* what = impl->sizes() != out->sizes() ? "sizes"
@@ -218,6 +254,7 @@ class Tape {
     entry.old.push_back(std::move(made));
   }
 
+ private:
   static void run(Entry& entry) {
     c10::AutoGradMode mode(entry.grad);
     torch::jit::Stack stack(entry.args);

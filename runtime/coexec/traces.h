@@ -32,6 +32,8 @@ struct BackwardSpec {
   std::vector<GradSpec> grads;
 };
 
+struct Stretch;
+
 struct TraceNode {
   const Memo* memo = nullptr;  // null: the root or a backward pass
   std::vector<int32_t> wiring;
@@ -40,6 +42,7 @@ struct TraceNode {
   uint64_t visits = 0, ends = 0;
   bool backward_known = false;
   BackwardSpec backward;
+  std::shared_ptr<Stretch> stretch;  // of operators put off together, ending here
   std::vector<std::unique_ptr<TraceNode>> children;
 };
 

@@ -1,0 +1,119 @@
+// Which stretches of the tape are compiled, and running them.
+#pragma once
+#include "segment.h"
+
+namespace regraft {
+
+constexpr size_t LEAST = 8;  // operators worth a function
+constexpr int64_t WATCHED = 3;
+
+// For each entry the length of the longest compiled stretch that begins there, or 0.
+inline std::vector<size_t> compiled(const std::vector<Entry>& batch) {
+  std::vector<size_t> lengths(batch.size(), 0);
+  for (size_t i = 0; i < batch.size(); ++i) {
+    auto* node = batch[i].node;
+    if (!node || !node->stretch || !node->stretch->segment) continue;
+    const auto length = node->stretch->length;
+    if (length <= i + 1 && batch[i + 1 - length].node == node->stretch->start)
+      lengths[i + 1 - length] = length;
+  }
+  return lengths;
+}
+
+inline py::object as_python(const c10::IValue& value, const c10::Argument& argument) {
+  auto type = argument.real_type();
+  if (const auto optional = type->cast<c10::OptionalType>()) type = optional->getElementType();
+  if (value.isInt() && type->kind() == c10::TypeKind::ScalarTypeType)
+    return py::reinterpret_borrow<py::object>(reinterpret_cast<PyObject*>(
+        torch::getTHPDtype(static_cast<at::ScalarType>(value.toInt()))));
+  return torch::jit::toPyObject(value);
+}
+
+inline py::object wrap(const at::Tensor& tensor) {
+  return py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor));
+}
+
+inline py::tuple describe(const Entry& entry) {
+  py::list args, given, outs;
+  each_given(entry, [&](const at::Tensor& t) { given.append(wrap(t)); });
+  for (const auto& out : entry.outs)
+    outs.append(out ? wrap(at::Tensor(c10::intrusive_ptr<c10::TensorImpl>(out))) : py::none());
+  if (entry.backward) {
+    const auto& job = *entry.backward;
+    py::list counts;
+    counts.append(job.roots.size()), counts.append(job.leaves.size()), counts.append(job.keep_graph);
+    return py::make_tuple("", "", counts, entry.grad, given, outs);
+  }
+  const auto& schema = entry.memo->op.schema();
+  for (size_t i = 0; i < entry.args.size(); ++i)
+    args.append(as_python(entry.args[i], schema.arguments()[i]));
+  return py::make_tuple(schema.name(), schema.overload_name(), args, entry.grad, given, outs);
+}
+
+// Watches operators that were put off together; asks for a function once they came often enough.
+inline void watch(Engine& engine, Entry* begin, size_t length) {
+  auto* node = begin[length - 1].node;
+  if (length < LEAST || !node) return;
+  for (size_t i = 1; i < length; ++i)
+    if (!begin[i].node || begin[i].node->parent != begin[i - 1].node) return;
+  if (!node->stretch || (node->stretch->start != begin->node && !node->stretch->asked)) {
+    node->stretch = std::make_shared<Stretch>();
+    node->stretch->start = begin->node, node->stretch->length = length;
+    engine.stretches.push_back(node->stretch);
+  }
+  auto& stretch = *node->stretch;
+  if (stretch.asked || stretch.start != begin->node) return;
+  size_t n = 0;
+  for (uint32_t e = 0; e < length; ++e)
+    each_number(begin[e], [&](size_t argument, int32_t item, bool whole, double value) {
+      if (stretch.seen == 0)
+        stretch.numbers.push_back({e, static_cast<uint32_t>(argument), item, whole, value});
+      else if (stretch.numbers[n].value != value) stretch.numbers[n].varies = true;
+      ++n;
+    });
+  const Owners owners(begin, begin + length);
+  for (uint32_t e = 0; e < length; ++e)
+    for (uint32_t i = 0; i < begin[e].outs.size(); ++i)
+      if (begin[e].outs[i] && owners.others(begin[e].outs[i].get())) stretch.wanted.insert({e, i});
+  if (++stretch.seen < WATCHED) return;
+  stretch.asked = true, stretch.state = "being compiled";
+  py::list entries, numbers, wanted;
+  for (size_t e = 0; e < length; ++e) entries.append(describe(begin[e]));
+  for (const auto& x : stretch.numbers) {
+    const py::object value = x.whole ? py::object(py::int_(static_cast<int64_t>(x.value)))
+                                     : py::object(py::float_(x.value));
+    numbers.append(py::make_tuple(x.entry, x.argument, x.item, value, x.varies));
+  }
+  for (const auto& result : stretch.wanted) wanted.append(py::make_tuple(result.first, result.second));
+  py::reinterpret_borrow<py::object>(engine.compiler)(node->stretch, entries, numbers, wanted);
+}
+
+inline void Engine::launch() {
+  tape.drain_by([&](std::vector<Entry>& batch) {
+    const auto lengths = compiled(batch);
+    auto replay = [&](size_t from, size_t to) {
+      py::gil_scoped_release unlocked;
+      for (size_t i = from; i < to; ++i) tape.run_or_fail(batch[i]);
+    };
+    for (size_t at = 0; at < batch.size();) {
+      size_t end = at + lengths[at];
+      if (end == at) {
+        for (++end; end < batch.size() && !lengths[end];) ++end;
+        if (!tape.error) watch(*this, &batch[at], end - at);
+        replay(at, end);
+        at = end;
+        continue;
+      }
+      auto stretch = batch[end - 1].node->stretch;
+      const auto start = now();
+      const int kind = tape.error ? 0 : stretch->kind();
+      if (kind == 0 || !run_segment(tape, *stretch, &batch[at])) replay(at, end);
+      else if (tape.error) {}
+      else if (stretch->segment) stretch->time(1, now() - start);
+      if (kind == 0) stretch->time(0, now() - start);
+      at = end;
+    }
+  });
+}
+
+}  // namespace regraft

@@ -1,0 +1,256 @@
+// Stretches of the tape that one compiled function stands for.
+#pragma once
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/jit/python/pybind_utils.h>
+
+#include <set>
+
+#include "engine.h"
+
+namespace regraft {
+
+namespace py = pybind11;
+
+// A tensor argument of an entry, counted through lists, or its result -1 - tensor.
+struct Place {
+  uint32_t entry;
+  int32_t tensor;
+};
+
+// A number that no metadata depend on; item: of a list.
+struct Number {
+  uint32_t entry, argument;
+  int32_t item;
+  bool whole;
+  double value;
+  bool varies = false;
+};
+
+using Result = std::pair<uint32_t, uint32_t>;  // an entry and which of its results
+
+struct Segment {
+  std::vector<Place> inputs;
+  std::vector<Result> outputs;
+  std::vector<uint32_t> first;   // entries that run as they are, before the function
+  std::vector<int32_t> sharing;  // an input each: the first one of the same memory; empty: no matter
+  PyObject* call;                // list of tensors -> list of tensors, numbers that vary last
+
+  ~Segment() {
+    py::gil_scoped_acquire locked;
+    Py_XDECREF(call);
+  }
+};
+
+// Operators that were put off together, from `start` to the node that has this.
+struct Stretch {
+  static constexpr int TRIALS = 4, MISSES = 4;
+
+  TraceNode* start = nullptr;
+  size_t length = 0;
+  std::vector<Number> numbers;
+  std::set<Result> wanted;  // results that Python still had
+  bool asked = false, refused = false;
+  std::unique_ptr<Segment> segment;
+  std::string state = "watched";
+  int64_t seen = 0, launches = 0, misses = 0;
+  double compile_s = 0;
+  std::vector<int64_t> times[2];  // of replay, of the function
+
+  // It does not fit what came: another one is made, for both.
+  void drop(const char* why) {
+    segment.reset(), times[1].clear();
+    asked = refused = ++misses > MISSES;
+    state = why;
+  }
+  void refuse(const std::string& why) { refused = true, state = why; }
+
+  // The next run is to be timed by replay, by the function, or is settled.
+  int kind() const {
+    if (settled()) return 1;
+    return times[1].size() < 2 || times[1].size() - 2 <= times[0].size();
+  }
+  bool settled() const { return times[0].size() >= TRIALS && times[1].size() >= TRIALS + 2; }
+
+  void time(int kind, int64_t ns) {
+    if (settled()) return;
+    times[kind].push_back(ns);
+    if (!settled()) return;
+    auto median = [](std::vector<int64_t> t) {
+      std::nth_element(t.begin(), t.begin() + t.size() / 2, t.end());
+      return t[t.size() / 2];
+    };
+    if (median(times[1]) > median(times[0])) segment.reset(), refuse("slower than replay");
+  }
+};
+
+template <typename F>
+inline void each_tensor(const c10::IValue* values, size_t count, F&& f) {
+  for (size_t i = 0; i < count; ++i) {
+    if (values[i].isTensor()) f(values[i].toTensor(), i);
+    else if (values[i].isList())
+      for (const auto& item : values[i].toListRef())
+        if (item.isTensor()) f(item.toTensor(), i);
+  }
+}
+
+template <typename F>
+inline void each_given(const Entry& entry, F&& f) {
+  if (!entry.backward) return each_tensor(entry.args.data(), entry.args.size(), [&](const at::Tensor& t, size_t) { f(t); });
+  for (const auto* list : {&entry.backward->roots, &entry.backward->seeds, &entry.backward->leaves, &entry.backward->sums})
+    for (const auto& tensor : *list) f(tensor);
+}
+
+inline at::Tensor at_place(const Entry& entry, int32_t place) {
+  if (place < 0) return at::Tensor(c10::intrusive_ptr<c10::TensorImpl>(entry.outs[-1 - place]));
+  at::Tensor found;
+  each_given(entry, [&](const at::Tensor& t) { if (place-- == 0) found = t; });
+  return found;
+}
+
+inline double wrapped(const at::Tensor& t) {
+  const void* data = t.const_data_ptr();
+  return t.scalar_type() == at::kDouble ? *static_cast<const double*>(data)
+      : t.scalar_type() == at::kLong    ? static_cast<double>(*static_cast<const int64_t*>(data))
+                                        : t.item<double>();
+}
+
+template <typename F>
+inline void each_number(const Entry& entry, F&& f) {
+  if (entry.backward) return;
+  for (size_t i = 0; i < entry.args.size(); ++i) {
+    const auto& value = entry.args[i];
+    auto number = [&](const c10::IValue& v, int32_t item) {
+      if (v.isInt()) f(i, item, true, static_cast<double>(v.toInt()));
+      else if (v.isDouble()) f(i, item, false, v.toDouble());
+    };
+    if (value.isTensor()) {
+      const auto& t = value.toTensor();
+      if (t.defined() && t.unsafeGetTensorImpl()->is_wrapped_number() && !as_pending(t) && !t.is_complex())
+        f(i, -1, !t.is_floating_point(), wrapped(t));
+    } else if (static_cast<int>(i) == entry.memo->info->index || entry.memo->info->value_free[i]) {
+      if (!value.isList()) number(value, -1);
+      else for (size_t j = 0; j < value.toListRef().size(); ++j) number(value.toListRef()[j], j);
+    }
+  }
+}
+
+// Who else than the tape's entries from `begin` to `end` has a result of theirs.
+class Owners {
+ public:
+  Owners(const Entry* begin, const Entry* end) {
+    for (const auto* entry = begin; entry != end; ++entry) {
+      for (const auto& out : entry->outs) if (out) ++held_[out.get()];
+      each_given(*entry, [&](const at::Tensor& t) {
+        if (!t.defined()) return;
+        auto place = held_.find(t.unsafeGetTensorImpl());
+        if (place != held_.end()) ++place->second;
+      });
+    }
+  }
+  bool others(const PlaceholderImpl* out) const {
+    auto* object = out->pyobj_slot()->load_pyobj();
+    const size_t own = held_.at(out) + (object ? 1 : 0);
+    return c10::raw::intrusive_ptr::use_count(const_cast<PlaceholderImpl*>(out)) > own ||
+        (object && Py_REFCNT(object) > 1);
+  }
+
+ private:
+  ska::flat_hash_map<const c10::TensorImpl*, size_t> held_;
+};
+
+// The graph behind a result was differentiated with it, and is gone.
+struct Spent : torch::autograd::Node {
+  torch::autograd::variable_list apply(torch::autograd::variable_list&&) override {
+    TORCH_CHECK(false, "Trying to backward through the graph a second time (or directly access "
+                "saved tensors after they have already been freed). Specify retain_graph=True if "
+                "you need to backward through the graph a second time.");
+  }
+  std::string name() const override { return "SpentBackward"; }
+};
+
+// torch counts references to nodes in one way or the other, by version.
+template <typename Owner, typename Node>
+Owner new_node() {
+  if constexpr (std::is_constructible_v<Owner, std::shared_ptr<Node>>) return std::make_shared<Node>();
+  else return c10::make_intrusive<Node>();
+}
+
+inline void give(PlaceholderImpl* out, at::Tensor made) {
+  auto* impl = made.unsafeGetTensorImpl();
+  if (impl->sizes() != out->sizes() || impl->dtype() != out->dtype())
+    throw std::runtime_error("regraft: a compiled function gave a result of another shape");
+  if (impl->strides() != out->strides() || made.use_count() != 1 || impl->requires_grad() ||
+      typeid(*impl) != typeid(c10::TensorImpl)) {
+    auto own = at::empty_strided(out->sizes(), out->strides(), made.options().requires_grad(false));
+    made = own.copy_(made.detach());
+  }
+  if (out->predicted_grad) {
+    auto spent = new_node<decltype(torch::autograd::Edge::function), Spent>();
+    spent->add_input_metadata(made);
+    torch::autograd::impl::set_gradient_edge(made, torch::autograd::Edge(std::move(spent), 0));
+  }
+  out->become(made.unsafeGetTensorImpl());
+}
+
+// Runs the entries of a segment; false where they do not fit it and nothing was run.
+inline bool run_segment(Tape& tape, Stretch& stretch, Entry* entries) {
+  auto& segment = *stretch.segment;
+  std::vector<double> given;
+  {
+    size_t n = 0;
+    bool fits = true;
+    for (size_t e = 0; e < stretch.length; ++e)
+      each_number(entries[e], [&](size_t, int32_t, bool, double value) {
+        auto& number = stretch.numbers[n++];
+        if (number.varies) given.push_back(value);
+        else if (number.value != value && !std::count(segment.first.begin(), segment.first.end(), e))
+          number.varies = true, fits = false;
+      });
+    if (!fits) return stretch.drop("a number changed"), false;
+  }
+  const Owners owners(entries, entries + stretch.length);
+  {
+    const auto before = stretch.wanted.size();
+    for (uint32_t e = 0; e < stretch.length; ++e)
+      for (uint32_t i = 0; i < entries[e].outs.size(); ++i)
+        if (entries[e].outs[i] && owners.others(entries[e].outs[i].get())) stretch.wanted.insert({e, i});
+    if (stretch.wanted.size() != before) return stretch.drop("another result was kept"), false;
+  }
+  for (auto e : segment.first) tape.run_or_fail(entries[e]);
+  auto rest = [&] {
+    for (uint32_t e = 0; e < stretch.length; ++e)
+      if (!std::binary_search(segment.first.begin(), segment.first.end(), e)) tape.run_or_fail(entries[e]);
+  };
+  if (tape.error) return rest(), true;
+  std::vector<at::Tensor> tensors;
+  for (const auto& place : segment.inputs) tensors.push_back(at_place(entries[place.entry], place.tensor));
+  if (!segment.sharing.empty()) {
+    ska::flat_hash_map<const c10::StorageImpl*, int32_t> seen;
+    bool same = true;
+    for (size_t i = 0; i < tensors.size(); ++i)
+      same &= seen.emplace(tensors[i].storage().unsafeGetStorageImpl(), i).first->second == segment.sharing[i];
+    if (!same) return stretch.drop("tensors came to share memory"), rest(), true;
+  }
+  try {
+    c10::AutoGradMode no_grad(false);
+    py::list inputs(tensors.size() + !given.empty());
+    for (size_t i = 0; i < tensors.size(); ++i)
+      inputs[i] = py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(tensors[i])));
+    if (!given.empty()) inputs[tensors.size()] = py::cast(at::tensor(given, at::kDouble));
+    auto results = py::reinterpret_steal<py::object>(PyObject_CallOneArg(segment.call, inputs.ptr()));
+    if (!results) throw py::error_already_set();
+    inputs = py::list();
+    std::vector<at::Tensor> made;
+    for (auto item : results) made.push_back(THPVariable_Unpack(item.ptr()));
+    results = py::object();
+    for (size_t i = 0; i < made.size(); ++i)
+      give(entries[segment.outputs[i].first].outs[segment.outputs[i].second].get(), std::move(made[i]));
+    ++stretch.launches;
+  } catch (...) {
+    tape.fail("a compiled function");
+    rest();
+  }
+  return true;
+}
+
+}  // namespace regraft

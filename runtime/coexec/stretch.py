@@ -1,0 +1,246 @@
+"""What a stretch of operators reads, writes and gives: the plan of the function to stand for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Place = tuple[int, int]  # an entry and a tensor given to it, or its result r as -1 - r
+Result = tuple[int, int]
+
+
+class Unfit(Exception):
+    """Why a stretch is not compiled."""
+
+
+@dataclass(frozen=True)
+class Backward:
+    roots: list[Tensor]
+    seeds: list[Tensor]
+    leaves: list[Tensor]
+    sums: list[Tensor | None]
+    keep: bool
+
+
+class Entry:
+    """An operator or backward pass that was put off.
+
+    ``given`` and ``outs`` are tensors, of which those to come have no value; an out is None where
+    it is one of the given.
+    """
+
+    def __init__(self, described: tuple[Any, ...]) -> None:
+        name, overload, args, self.grad, self.given, self.outs = described
+        self.backward: Backward | None = None
+        self.op: Any = None
+        self.args: list[Any] = args
+        if not name:
+            roots, leaves, keep = args
+            parts, at = [], 0
+            for count in (roots, roots, leaves, leaves):
+                parts.append(self.given[at : at + count])
+                at += count
+            self.backward = Backward(*parts, keep)
+            return
+        space, short = name.split("::")
+        packet = getattr(getattr(torch.ops, space), short)
+        self.op = getattr(packet, overload or "default")
+
+    @property
+    def tags(self) -> Sequence[torch.Tag]:
+        return self.op.tags if self.op else ()
+
+    @property
+    def random(self) -> bool:
+        return torch.Tag.nondeterministic_seeded in self.tags or self.name == "aten::dropout"
+
+    @property
+    def name(self) -> str:
+        return self.op._schema.name if self.op else "backward"
+
+    def written(self) -> Iterator[Tensor]:
+        if self.backward:
+            yield from (x for x in self.backward.sums if x is not None)
+            return
+        statistics = "batch_norm" in self.name or "instance_norm" in self.name
+        for argument, value in zip(self.op._schema.arguments, self.args, strict=True):
+            alias = argument.alias_info is not None and argument.alias_info.is_write
+            if alias or (statistics and str(argument.name).startswith("running")):
+                yield from (x for x in _flat(value) if isinstance(x, Tensor))
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from _flat(item)
+    else:
+        yield value
+
+
+@dataclass
+class Plan:
+    """inputs: where the function's arguments are found; first: entries that run before it, as they
+    are; outputs: results that Python still has."""
+
+    entries: list[Entry]
+    numbers: dict[tuple[int, int, int], tuple[int, Any, bool]]
+    outputs: list[Result]
+    first: list[int] = field(default_factory=list)
+    inputs: list[Place] = field(default_factory=list)
+    tensors: list[Tensor] = field(default_factory=list)
+    sharing: list[int] = field(default_factory=list)
+
+    @property
+    def varying(self) -> list[int]:
+        """Numbers the function is given, by their place in the stretch."""
+        before = set(self.first)
+        return [
+            number
+            for (entry, _, _), (number, _, varies) in self.numbers.items()
+            if varies and entry not in before
+        ]
+
+
+def plan(entries: list[Entry], numbers: Sequence[Any], wanted: Sequence[Result]) -> Plan:
+    found = Plan(
+        entries,
+        {(e, a, i): (n, value, varies) for n, (e, a, i, value, varies) in enumerate(numbers)},
+        [],
+    )
+    made = {id(out): (e, r) for e, x in enumerate(entries) for r, out in enumerate(x.outs)}
+    made.pop(id(None), None)
+    first = _kept_graphs(entries, made, wanted) | _picks(entries, made, found)
+    _check_order(entries, first, made)
+    found.first = sorted(first)
+    if len(entries) - len(first) < len(entries) / 2:
+        raise Unfit("most of it waits for a later backward pass")
+    found.outputs = [result for result in wanted if result[0] not in first]
+    _find_inputs(found, made, first)
+    return found
+
+
+def _ancestors(entries: list[Entry], made: dict[int, Result], tensors: set[int], end: int) -> set[int]:
+    """Tensors, by id, that gradients of these before entry ``end`` flow to."""
+    reached = set(tensors)
+    for entry in reversed(entries[:end]):
+        if entry.backward or not entry.grad:
+            continue
+        touched = [out for out in entry.outs if out is not None] + list(entry.written())
+        if any(id(x) in reached for x in touched):
+            reached |= {id(x) for x in entry.given if x is not None and x.requires_grad}
+    return reached
+
+
+def _kept_graphs(
+    entries: list[Entry], made: dict[int, Result], wanted: Sequence[Result]
+) -> set[int]:
+    """Entries of the graphs that a later backward pass needs: they run as they are."""
+    spent: set[int] = set()
+    for e, entry in enumerate(entries):
+        if not entry.backward:
+            continue
+        behind = _ancestors(entries, made, {id(x) for x in entry.backward.roots}, e)
+        for x in (x for earlier in entries[:e] for x in earlier.given if x is not None):
+            if id(x) in behind and id(x) not in made and x.requires_grad and not x.is_leaf:
+                raise Unfit("a backward pass goes on into the graph of earlier operators")
+        if not entry.backward.keep:
+            spent |= behind
+    late = {
+        id(out)
+        for e, r in wanted
+        if (out := entries[e].outs[r]).requires_grad and id(out) not in spent
+    }
+    if not late:
+        return set()
+    behind = _ancestors(entries, made, late, len(entries))
+    if behind & spent & set(made):
+        raise Unfit("one graph is differentiated now and later")
+    todo, first = [made[x] for x in behind if x in made], set()
+    while todo:
+        e, _ = todo.pop()
+        if e in first:
+            continue
+        if entries[e].backward:
+            raise Unfit("gradients are differentiated again")
+        first.add(e)
+        todo += [made[id(x)] for x in entries[e].given if x is not None and id(x) in made]
+    return first
+
+
+def _picks(entries: list[Entry], made: dict[int, Result], found: Plan) -> set[int]:
+    """Entries that choose a part of a tensor given from outside: which one may change."""
+    first: set[int] = set()
+    for e, entry in enumerate(entries):
+        inner = any(id(x) in made and made[id(x)][0] not in first for x in entry.given)
+        if entry.name == "aten::select" and not inner:
+            first.add(e)
+    return first
+
+
+def _storage(x: Tensor) -> int:
+    return x.untyped_storage()._cdata
+
+
+def _check_order(entries: list[Entry], first: set[int], made: dict[int, Result]) -> None:
+    """What runs first must not be what others were to come before."""
+    wrote: set[int] = set()
+    read: set[int] = set()
+    random = False
+
+    def outside(tensors: Any) -> set[int]:
+        return {_storage(x) for x in tensors if x is not None and id(x) not in made}
+
+    for e, entry in enumerate(entries):
+        reads, writes = outside(entry.given), outside(entry.written())
+        if e not in first:
+            read, wrote, random = read | reads, wrote | writes, random or entry.random
+        elif reads & wrote or writes & read or (random and entry.random):
+            raise Unfit(f"{entry.name} cannot run before the rest")
+
+
+def _find_inputs(found: Plan, made: dict[int, Result], first: set[int]) -> None:
+    known: set[int] = set()
+    written: set[int] = set()
+    for e, entry in enumerate(found.entries):
+        if e in first:
+            continue
+        for at, x in enumerate(entry.given):
+            if x is None or id(x) in known:
+                continue
+            place: Place = (e, at)
+            if id(x) in made:
+                maker, result = made[id(x)]
+                if maker not in first:
+                    continue
+                place = (maker, -1 - result)
+            elif not entry.backward and _is_number(found, e, entry, x):
+                continue
+            known.add(id(x))
+            found.inputs.append(place)
+            found.tensors.append(x)
+        written |= {id(x) for x in entry.written()}
+    if written & known:
+        _share(found, made, written)
+
+
+def _is_number(found: Plan, e: int, entry: Entry, x: Tensor) -> bool:
+    return any(arg is x and (e, a, -1) in found.numbers for a, arg in enumerate(entry.args))
+
+
+def _share(found: Plan, made: dict[int, Result], written: set[int]) -> None:
+    """Which inputs share memory, where one of them is written."""
+    seen: dict[int, int] = {}
+    for number, x in enumerate(found.tensors):
+        source = x
+        if id(x) in made:  # a pick from outside: of what it was picked from
+            while id(source) in made:
+                source = found.entries[made[id(source)][0]].given[0]
+        found.sharing.append(seen.setdefault(_storage(source), number))
+    shared = {n for number, n in enumerate(found.sharing) if n != number}
+    for number, x in enumerate(found.tensors):
+        if found.sharing[number] in shared and id(x) in written:
+            raise Unfit("it writes to memory that two of its tensors share")
