@@ -17,12 +17,15 @@ from typing import Any
 
 from regraft.program.errors import RegraftError
 from regraft.runtime.coexec.build import extension
+from regraft.runtime.coexec.compiled import Compiler
 from regraft.runtime.coexec.hooks import install, wrap_dynamo
 from regraft.runtime.coexec.report import Report
 
-WARM, MOST_WARM, TRIALS, WORTH, AGAIN = 2, 20, 5, 0.98, 256
-WARMING, TRYING, EAGER = "warming up", "on trial", "eager"
+WARM, MOST_WARM, TRIALS, WORTH, AGAIN, SETTLED = 2, 20, 5, 0.98, 256, 24
+WARMING, COMPILING, TRYING, EAGER = "warming up", "compiling", "on trial", "eager"
 ASIDE, HERE = "co-executed on two threads", "co-executed on one thread"
+COMPILED = "co-executed, compiled"
+BACKENDS = ("inductor", "aten", "replay")
 
 log = logging.getLogger("regraft")
 _pool: list[Any] = []
@@ -35,7 +38,12 @@ class Coexecuted:
     where Python next waits for a value, as it does on CUDA.
     """
 
-    def __init__(self, function: Callable[..., Any], measure: bool, overlap: bool) -> None:
+    def __init__(
+        self, function: Callable[..., Any], backend: str, measure: bool, overlap: bool
+    ) -> None:
+        if backend not in BACKENDS:
+            known = ", ".join(BACKENDS)
+            raise RegraftError(f"coexecute(backend={backend!r}): one of {known}")
         if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
             raise RegraftError(
                 f"coexecute({_name(function)}): asynchronous functions change threads and order; "
@@ -45,8 +53,12 @@ class Coexecuted:
             raise RegraftError(f"coexecute takes a function or module, not {function!r}")
         functools.update_wrapper(self, function, updated=())
         self._function, self._measure, self._overlap = function, measure, overlap
+        self._compiler = None if backend == "replay" else Compiler(backend, measure)
         self._kinds = (EAGER, HERE, ASIDE) if overlap else (EAGER, HERE)
+        if self._compiler:
+            self._kinds += (COMPILED,)
         self._mode, self._calls, self._repeats = WARMING if measure else self._kinds[-1], 0, 0
+        self._quiet = 0  # calls since anything was compiled
         self._times: dict[str, list[float]] = {kind: [] for kind in self._kinds}
         self._threads = threading.local()
         self._engines: list[Any] = []
@@ -58,13 +70,16 @@ class Coexecuted:
             return self._function(*args, **kwargs)
         if inspect.isgeneratorfunction(self._function):
             return _generate(engine, self._overlap, self._function(*args, **kwargs))
-        if self._mode not in (WARMING, TRYING):
-            self._calls += 1
-            if self._measure and self._calls % AGAIN == 0:  # the machine may be busier than it was
-                self._mode, self._times = TRYING, {kind: [] for kind in self._kinds}
-            aside = self._mode == ASIDE or (self._mode == TRYING and self._overlap)
-            return run(engine, aside, self._function, args, kwargs)
-        return self._try(engine, args, kwargs)
+        self._calls += 1
+        if self._mode == WARMING:
+            return self._warm(engine, args, kwargs)
+        if self._mode == COMPILING:
+            return self._compile(engine, args, kwargs)
+        if self._measure and self._calls % AGAIN == 0:  # the machine may be busier than it was
+            self._mode, self._times = TRYING, {kind: [] for kind in self._kinds}
+        if self._mode == TRYING:
+            return self._time(engine, args, kwargs)
+        return self._run(self._mode, engine, args, kwargs)
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         return self if instance is None else types.MethodType(self, instance)
@@ -89,30 +104,42 @@ class Coexecuted:
             self._engines.append(found)
         return found
 
-    def _try(self, engine: Any, args: Any, kwargs: Any) -> Any:
-        """Warm up until calls repeat; then time calls of each kind in turn and keep the fastest."""
-        self._calls += 1
-        if self._mode == TRYING:
-            return self._time(engine, args, kwargs)
+    def _run(self, kind: str, engine: Any, args: Any, kwargs: Any) -> Any:
+        if kind == EAGER:
+            return self._function(*args, **kwargs)
+        compiler = self._compiler if kind == COMPILED else None
+        return run(engine, kind == ASIDE, self._function, args, kwargs, compiler)
+
+    def _warm(self, engine: Any, args: Any, kwargs: Any) -> Any:
+        """Until calls repeat."""
         before = engine.stats()
-        result = run(engine, self._overlap, self._function, args, kwargs)
+        result = self._run(ASIDE if self._overlap else HERE, engine, args, kwargs)
         after = engine.stats()
         new = {key: after[key] - before[key] for key in ("deferred", "recorded", "at_once")}
         repeats = new["deferred"] * 2 > sum(new.values())
         self._repeats = self._repeats + 1 if repeats else 0
         if self._repeats >= WARM:
-            self._mode = TRYING
+            self._mode = COMPILING if self._compiler else TRYING
         elif self._calls >= MOST_WARM:
             self._stay_eager(f"its operators did not repeat in {self._calls} calls")
         return result
 
+    def _compile(self, engine: Any, args: Any, kwargs: Any) -> Any:
+        """Until what can be compiled is, while calls go on."""
+        assert self._compiler is not None
+        made = self._compiler.made
+        result = self._run(COMPILED, engine, args, kwargs)
+        idle = self._compiler.waiting == 0 and self._compiler.made == made
+        self._quiet = self._quiet + 1 if idle else 0
+        if self._quiet >= SETTLED:
+            self._mode = TRYING
+        return result
+
     def _time(self, engine: Any, args: Any, kwargs: Any) -> Any:
+        """Calls of each kind in turn, to keep the fastest."""
         kind = min(self._kinds, key=lambda kind: len(self._times[kind]))
         start = time.perf_counter()
-        if kind == EAGER:
-            result = self._function(*args, **kwargs)
-        else:
-            result = run(engine, kind == ASIDE, self._function, args, kwargs)
+        result = self._run(kind, engine, args, kwargs)
         self._times[kind].append(time.perf_counter() - start)
         if min(map(len, self._times.values())) >= TRIALS:
             self._decide()
@@ -135,14 +162,25 @@ class Coexecuted:
 
 
 def coexecute(
-    function: Callable[..., Any] | None = None, *, measure: bool = True, overlap: bool = True
+    function: Callable[..., Any] | None = None,
+    *,
+    backend: str = "inductor",
+    measure: bool = True,
+    overlap: bool = True,
 ) -> Any:
-    """The function, its Python run as it is and its tensor operators apart, on another thread.
+    """The function, its Python run as it is and its tensor operators apart.
 
     A decorator, with or without arguments, or a call. The first calls record what operators give;
     later ones put operators off and run them in order, in whole stretches, until Python wants a
-    value. measure: time calls of both kinds first and stay eager where that is faster; overlap: use
-    another thread besides Python's. Values, gradients, random numbers and errors are eager's.
+    value. backend: "inductor" compiles stretches that come again, backward passes and updates of
+    parameters included, on a thread of its own while calls go on; "aten" runs the graphs that it is
+    given, unfused, and "replay" the operators themselves.
+    measure: time calls of each kind first and keep the fastest, eager among them, compiling beside
+    them; without it stretches are compiled as they come, and calls wait; overlap: replay
+    on another thread besides Python's.
+
+    Replayed values, gradients, random numbers and errors are eager's, to the bit; compiled ones
+    within rounding, with eager's random numbers, but an index out of range is a RuntimeError there.
 
     Not seen: numpy arrays of a tensor made before the first use of co-execution in the process and
     written while it runs, and ``torch.default_generator``'s own methods (torch.manual_seed and the
@@ -150,10 +188,10 @@ def coexecute(
     at once, as does all under autocast or inference mode and on other devices than the CPU.
     """
     if function is None:
-        return functools.partial(coexecute, measure=measure, overlap=overlap)
+        return functools.partial(coexecute, backend=backend, measure=measure, overlap=overlap)
     if isinstance(function, Coexecuted):
         return function
-    return Coexecuted(function, measure, overlap)
+    return Coexecuted(function, backend, measure, overlap)
 
 
 @contextmanager

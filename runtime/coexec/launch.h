@@ -4,7 +4,7 @@
 
 namespace regraft {
 
-constexpr size_t LEAST = 8;  // operators worth a function
+inline size_t least = 8;  // operators worth a function
 constexpr int64_t WATCHED = 3;
 
 // For each entry the length of the longest compiled stretch that begins there, or 0.
@@ -52,8 +52,8 @@ inline py::tuple describe(const Entry& entry) {
 
 // Watches operators that were put off together; asks for a function once they came often enough.
 inline void watch(Engine& engine, Entry* begin, size_t length) {
+  if (length < least || !begin[length - 1].node) return;
   auto* node = begin[length - 1].node;
-  if (length < LEAST || !node) return;
   for (size_t i = 1; i < length; ++i)
     if (!begin[i].node || begin[i].node->parent != begin[i - 1].node) return;
   if (!node->stretch || (node->stretch->start != begin->node && !node->stretch->asked)) {
@@ -62,7 +62,13 @@ inline void watch(Engine& engine, Entry* begin, size_t length) {
     engine.stretches.push_back(node->stretch);
   }
   auto& stretch = *node->stretch;
-  if (stretch.asked || stretch.start != begin->node) return;
+  if (stretch.start != begin->node) return;
+  if (!stretch.cuts.empty()) {
+    size_t from = 0;
+    for (auto cut : stretch.cuts) watch(engine, begin + from, cut - from), from = cut + 1;
+    return watch(engine, begin + from, length - from);
+  }
+  if (stretch.asked) return;
   size_t n = 0;
   for (uint32_t e = 0; e < length; ++e)
     each_number(begin[e], [&](size_t argument, int32_t item, bool whole, double value) {

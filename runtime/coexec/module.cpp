@@ -82,10 +82,11 @@ static void attach(Stretch& stretch, py::object call,
                    const std::vector<std::pair<uint32_t, int32_t>>& inputs,
                    const std::vector<Result>& outputs, const std::vector<uint32_t>& first,
                    const std::vector<int32_t>& sharing, const std::set<size_t>& varying,
-                   double seconds) {
+                   bool grad, double seconds) {
   auto segment = std::make_unique<Segment>();
   for (const auto& [entry, tensor] : inputs) segment->inputs.push_back({entry, tensor});
   segment->outputs = outputs, segment->first = first, segment->sharing = sharing;
+  segment->grad = grad;
   segment->call = call.release().ptr();
   for (size_t i = 0; i < stretch.numbers.size(); ++i) stretch.numbers[i].varies = varying.count(i);
   stretch.compile_s += seconds;
@@ -124,8 +125,9 @@ static py::dict stats(Engine& engine) {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using namespace regraft;
   py::class_<Stretch, std::shared_ptr<Stretch>>(m, "Stretch")
-      .def("refuse", [](Stretch& s, const std::string& why, double seconds) {
-        s.refuse(why), s.compile_s += seconds;
+      .def("refuse", [](Stretch& s, const std::string& why, double seconds,
+                        const std::vector<size_t>& cuts) {
+        s.refuse(why), s.compile_s += seconds, s.cuts = cuts;
       })
       .def("attach", &attach);
   py::class_<Engine, std::unique_ptr<Engine, py::nodelete>>(m, "Engine")
@@ -137,6 +139,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     engines().push_back(new Engine());
     return engines().back();
   }, py::return_value_policy::reference);
+  m.def("least", [](size_t operators) { return std::exchange(least, operators); });
   m.def("active", [] { return Engine::active() && !Engine::active()->paused; });
   m.def("pause", [](bool on) { if (Engine::active()) Engine::active()->paused = on; });
   m.def("sync", [](const std::optional<at::Tensor>& t) { translated([&] { sync(t); }); },

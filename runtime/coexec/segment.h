@@ -32,6 +32,7 @@ struct Segment {
   std::vector<Place> inputs;
   std::vector<Result> outputs;
   std::vector<uint32_t> first;   // entries that run as they are, before the function
+  bool grad = false;             // later backward passes go through it
   std::vector<int32_t> sharing;  // an input each: the first one of the same memory; empty: no matter
   PyObject* call;                // list of tensors -> list of tensors, numbers that vary last
 
@@ -51,6 +52,7 @@ struct Stretch {
   std::set<Result> wanted;  // results that Python still had
   bool asked = false, refused = false;
   std::unique_ptr<Segment> segment;
+  std::vector<size_t> cuts;  // refused as a whole: entries between whose others it may be compiled
   std::string state = "watched";
   int64_t seen = 0, launches = 0, misses = 0;
   double compile_s = 0;
@@ -179,12 +181,18 @@ inline void give(PlaceholderImpl* out, at::Tensor made) {
   auto* impl = made.unsafeGetTensorImpl();
   if (impl->sizes() != out->sizes() || impl->dtype() != out->dtype())
     throw std::runtime_error("regraft: a compiled function gave a result of another shape");
-  if (impl->strides() != out->strides() || made.use_count() != 1 || impl->requires_grad() ||
-      typeid(*impl) != typeid(c10::TensorImpl)) {
-    auto own = at::empty_strided(out->sizes(), out->strides(), made.options().requires_grad(false));
-    made = own.copy_(made.detach());
+  const bool graph = out->predicted_grad && impl->requires_grad();
+  c10::AutoGradMode mode(graph);
+  if (impl->strides() != out->strides()) {
+    if (made.storage().use_count() != 1)
+      throw std::runtime_error("regraft: a compiled function gave a view of another layout");
+    made = at::empty_strided(out->sizes(), out->strides(), made.options().requires_grad(false))
+               .copy_(graph ? made : made.detach());
+  } else if (graph ? made.use_count() != 1 : made.use_count() != 1 || impl->requires_grad()) {
+    made = graph ? at::alias(made)
+                 : at::Tensor(impl->shallow_copy_and_detach(impl->version_counter(), true));
   }
-  if (out->predicted_grad) {
+  if (out->predicted_grad && !graph) {
     auto spent = new_node<decltype(torch::autograd::Edge::function), Spent>();
     spent->add_input_metadata(made);
     torch::autograd::impl::set_gradient_edge(made, torch::autograd::Edge(std::move(spent), 0));
@@ -232,7 +240,7 @@ inline bool run_segment(Tape& tape, Stretch& stretch, Entry* entries) {
     if (!same) return stretch.drop("tensors came to share memory"), rest(), true;
   }
   try {
-    c10::AutoGradMode no_grad(false);
+    c10::AutoGradMode mode(segment.grad);
     py::list inputs(tensors.size() + !given.empty());
     for (size_t i = 0; i < tensors.size(); ++i)
       inputs[i] = py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(tensors[i])));

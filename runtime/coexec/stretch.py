@@ -11,10 +11,15 @@ from torch import Tensor
 
 Place = tuple[int, int]  # an entry and a tensor given to it, or its result r as -1 - r
 Result = tuple[int, int]
+LEAST = 8  # operators worth a function
 
 
 class Unfit(Exception):
-    """Why a stretch is not compiled."""
+    """Why a stretch is not compiled; cuts: entries between whose others it may be."""
+
+    def __init__(self, reason: str, cuts: Sequence[int] = ()) -> None:
+        super().__init__(reason)
+        self.cuts = list(cuts)
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,12 @@ class Entry:
     def name(self) -> str:
         return self.op._schema.name if self.op else "backward"
 
+    def aliased(self) -> Iterator[Tensor]:
+        """Arguments that are written, or that a result is a view of."""
+        for argument, value in zip(self.op._schema.arguments, self.args, strict=True):
+            if argument.alias_info is not None:
+                yield from (x for x in _flat(value) if isinstance(x, Tensor))
+
     def written(self) -> Iterator[Tensor]:
         if self.backward:
             yield from (x for x in self.backward.sums if x is not None)
@@ -84,7 +95,7 @@ def _flat(value: Any) -> Iterator[Any]:
 @dataclass
 class Plan:
     """inputs: where the function's arguments are found; first: entries that run before it, as they
-    are; outputs: results that Python still has."""
+    are; outputs: results that Python still has; differentiable: by a later backward pass."""
 
     entries: list[Entry]
     numbers: dict[tuple[int, int, int], tuple[int, Any, bool]]
@@ -93,6 +104,7 @@ class Plan:
     inputs: list[Place] = field(default_factory=list)
     tensors: list[Tensor] = field(default_factory=list)
     sharing: list[int] = field(default_factory=list)
+    differentiable: bool = False
 
     @property
     def varying(self) -> list[int]:
@@ -113,17 +125,28 @@ def plan(entries: list[Entry], numbers: Sequence[Any], wanted: Sequence[Result])
     )
     made = {id(out): (e, r) for e, x in enumerate(entries) for r, out in enumerate(x.outs)}
     made.pop(id(None), None)
-    first = _kept_graphs(entries, made, wanted) | _picks(entries, made, found)
+    passes = [e for e, entry in enumerate(entries) if entry.backward]
+    first: set[int] = set()
+    if passes:
+        try:
+            first = _kept_graphs(entries, made, wanted)
+        except Unfit as unfit:
+            raise Unfit(f"{unfit}: cut at its backward passes", passes) from unfit
+    else:
+        found.differentiable = any(entries[e].outs[r].requires_grad for e, r in wanted)
+    first |= _picks(entries, made, first)
     _check_order(entries, first, made)
     found.first = sorted(first)
-    if len(entries) - len(first) < len(entries) / 2:
-        raise Unfit("most of it waits for a later backward pass")
+    if 2 * (len(entries) - len(first)) < min(len(entries), 2 * LEAST):
+        raise Unfit("too little of it is left")
     found.outputs = [result for result in wanted if result[0] not in first]
     _find_inputs(found, made, first)
     return found
 
 
-def _ancestors(entries: list[Entry], made: dict[int, Result], tensors: set[int], end: int) -> set[int]:
+def _ancestors(
+    entries: list[Entry], made: dict[int, Result], tensors: set[int], end: int
+) -> set[int]:
     """Tensors, by id, that gradients of these before entry ``end`` flow to."""
     reached = set(tensors)
     for entry in reversed(entries[:end]):
@@ -171,14 +194,21 @@ def _kept_graphs(
     return first
 
 
-def _picks(entries: list[Entry], made: dict[int, Result], found: Plan) -> set[int]:
-    """Entries that choose a part of a tensor given from outside: which one may change."""
-    first: set[int] = set()
+def _picks(entries: list[Entry], made: dict[int, Result], first: set[int]) -> set[int]:
+    """Entries that choose a part of a tensor given from outside, since which one may change, and
+    those that look at or write to such a part."""
+    picks: set[int] = set()
     for e, entry in enumerate(entries):
-        inner = any(id(x) in made and made[id(x)][0] not in first for x in entry.given)
-        if entry.name == "aten::select" and not inner:
-            first.add(e)
-    return first
+        makers = {made[id(x)][0] for x in entry.given if id(x) in made}
+        if e in first or entry.backward or not makers <= picks | first:
+            continue
+        if entry.grad and any(x is not None and x.requires_grad for x in entry.given):
+            continue
+        if entry.name == "aten::select" or any(
+            id(x) in made and made[id(x)][0] in picks for x in entry.aliased()
+        ):
+            picks.add(e)
+    return picks
 
 
 def _storage(x: Tensor) -> int:
@@ -231,15 +261,21 @@ def _is_number(found: Plan, e: int, entry: Entry, x: Tensor) -> bool:
     return any(arg is x and (e, a, -1) in found.numbers for a, arg in enumerate(entry.args))
 
 
+def _source(x: Tensor, entries: list[Entry], made: dict[int, Result]) -> int:
+    """The memory of a tensor that is there, or will be a part of one."""
+    while id(x) in made:
+        viewed = next(entries[made[id(x)][0]].aliased(), None)
+        if viewed is None:
+            return id(x)
+        x = viewed
+    return _storage(x)
+
+
 def _share(found: Plan, made: dict[int, Result], written: set[int]) -> None:
     """Which inputs share memory, where one of them is written."""
     seen: dict[int, int] = {}
     for number, x in enumerate(found.tensors):
-        source = x
-        if id(x) in made:  # a pick from outside: of what it was picked from
-            while id(source) in made:
-                source = found.entries[made[id(source)][0]].given[0]
-        found.sharing.append(seen.setdefault(_storage(source), number))
+        found.sharing.append(seen.setdefault(_source(x, found.entries, made), number))
     shared = {n for number, n in enumerate(found.sharing) if n != number}
     for number, x in enumerate(found.tensors):
         if found.sharing[number] in shared and id(x) in written:

@@ -56,6 +56,7 @@ class Traced:
         self._refs = {id(x): Ref(n) for n, x in enumerate(found.tensors)}
         self.varying = found.varying
         self.inputs = len(found.tensors)
+        self.differentiable = found.differentiable
         before = set(found.first)
         self._calls = [
             self._gradients(entry) if entry.backward else self._call(e, entry, found)
@@ -67,7 +68,7 @@ class Traced:
         self._refs.clear()
 
     def signature(self) -> str:
-        return f"{self._calls} {self._outputs}"
+        return f"{self._calls} {self._outputs} {len(self.varying)}"
 
     def __call__(self, *given: Tensor) -> list[Tensor]:
         values: dict[int, Tensor] = dict(enumerate(given[: self.inputs]))
@@ -78,8 +79,10 @@ class Traced:
                 continue
             with torch.set_grad_enabled(call.grad):
                 args = [_value(arg, values, numbers) for arg in call.args]
-                _store(_apply(call.op, args), call.outs, values)
-        return [values[out.number].detach() for out in self._outputs]
+                result = _apply(call.op, args)
+            _store(result, call.outs, values, detach=self.differentiable and not call.grad)
+        results = [values[out.number] for out in self._outputs]
+        return results if self.differentiable else [x.detach() for x in results]
 
     def _ref(self, x: Tensor | None) -> Any:
         if x is None:
@@ -95,7 +98,9 @@ class Traced:
 
     def _call(self, e: int, entry: Entry, found: Plan) -> Call:
         args = []
-        for a, (argument, value) in enumerate(zip(entry.op._schema.arguments, entry.args, strict=True)):
+        for a, (argument, value) in enumerate(
+            zip(entry.op._schema.arguments, entry.args, strict=True)
+        ):
             kind = str(argument.real_type)
             if isinstance(value, int) and "Layout" in kind:
                 value = _LAYOUTS[value]
@@ -127,12 +132,14 @@ def _value(arg: Any, values: dict[int, Tensor], numbers: Tensor | None) -> Any:
     return arg
 
 
-def _store(result: Any, outs: tuple[Ref | None, ...], values: dict[int, Tensor]) -> None:
+def _store(
+    result: Any, outs: tuple[Ref | None, ...], values: dict[int, Tensor], detach: bool
+) -> None:
     flat = [x for value in (result if isinstance(result, tuple | list) else (result,))
             for x in (value if isinstance(value, tuple | list) else (value,))]  # fmt: skip
-    for out, x in zip(outs, flat, strict=True):
+    for out, x in zip(outs, flat if outs else (), strict=True):
         if out is not None:
-            values[out.number] = x
+            values[out.number] = x.detach() if detach else x
 
 
 def _differentiate(call: Gradients, values: dict[int, Tensor]) -> None:
@@ -169,7 +176,11 @@ def _apply(op: Any, args: list[Any]) -> Any:
     if any(isinstance(arg, Number) for arg in args):
         op, args = _with_tensors(op, args)
     schema = op._schema.arguments
-    names = {argument.name: value for argument, value in zip(schema, args, strict=True) if argument.kwarg_only}
+    names = {
+        argument.name: value
+        for argument, value in zip(schema, args, strict=True)
+        if argument.kwarg_only
+    }
     return op(*args[: len(args) - len(names)], **names)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import regraft
 from regraft.program.folders import cache_dir
+from regraft.runtime.coexec.build import extension
 
 REAL = cache_dir()
 
@@ -24,8 +25,6 @@ def one_build(own_cache, tmp_path_factory):
             (shared / built.name).symlink_to(built)
     if not (own_cache / "coexec").exists():
         (own_cache / "coexec").symlink_to(shared)
-    from regraft.runtime.coexec.build import extension
-
     if extension() is None:
         assert not any(map(shutil.which, ("c++", "g++", "clang++"))), "the extension is not built"
         pytest.skip("no C++ compiler")
@@ -76,12 +75,24 @@ def check(make, calls=8):
         functions = []
 
         def wrap(step, overlap=overlap, functions=functions):
-            functions.append(regraft.coexecute(step, measure=False, overlap=overlap))
+            functions.append(
+                regraft.coexecute(step, backend="replay", measure=False, overlap=overlap)
+            )
             return functions[0]
 
         found = outcome(make, wrap, calls)
         assert equal(expected, found), (expected, found)
         reports.append(functions[0].report())
+    before = extension().least(2)
+    together = []
+
+    def aten(step):
+        together.append(regraft.coexecute(step, backend="aten", measure=False))
+        return together[0]
+
+    found = outcome(make, aten, calls)
+    extension().least(before)
+    assert equal(expected, found), (expected, found, together[0].report())
     with regraft.coexecution():
         found = outcome(make, lambda step: step, calls)
     assert equal(expected, found), (expected, found)

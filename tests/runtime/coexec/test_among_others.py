@@ -16,19 +16,21 @@ def test_nested_use_and_methods():
     class Model:
         scale = 2
 
-        @regraft.coexecute(measure=False)
+        @regraft.coexecute(backend="replay", measure=False)
         def double(self, x):
             return x * self.scale
 
     model = Model()
-    outer = regraft.coexecute(lambda x: model.double(model.double(x)) + 1, measure=False)
+    outer = regraft.coexecute(
+        lambda x: model.double(model.double(x)) + 1, backend="replay", measure=False
+    )
     with regraft.coexecution():
         for _ in range(3):
             assert outer(torch.ones(2)).tolist() == [5, 5]
     assert regraft.coexecute(outer) is outer
 
 
-@regraft.coexecute(measure=False)
+@regraft.coexecute(backend="replay", measure=False)
 def doubled(x):
     return x * 2
 
@@ -46,7 +48,7 @@ def test_pickle_is_by_name_and_asynchronous_functions_are_refused():
 
 
 def test_generator_functions():
-    @regraft.coexecute(measure=False)
+    @regraft.coexecute(backend="replay", measure=False)
     def running(xs):
         total = torch.zeros(2)
         for x in xs:
@@ -69,7 +71,7 @@ def test_a_forked_child_goes_on():
             x = torch.tanh(x * 1.01 + 0.1)
         return x
 
-    step = regraft.coexecute(forward, measure=False)
+    step = regraft.coexecute(forward, backend="replay", measure=False)
     expected = step(torch.ones(4))
     for _ in range(3):
         step(torch.ones(4))
@@ -82,7 +84,7 @@ def test_a_forked_child_goes_on():
 
 
 def test_other_devices_and_kinds_run_as_they_are():
-    @regraft.coexecute(measure=False)
+    @regraft.coexecute(backend="replay", measure=False)
     def step():
         a = torch.ones(3, device="meta") * 2
         b = torch.eye(3).to_sparse() * 2
@@ -101,7 +103,7 @@ def test_other_devices_and_kinds_run_as_they_are():
 def test_torch_compile_inside():
     layer = nn.Linear(4, 4)
     inner = torch.compile(lambda x: layer(x).relu() + 1, backend="aot_eager")
-    step = regraft.coexecute(lambda x: inner(x * 2) * 3, measure=False)
+    step = regraft.coexecute(lambda x: inner(x * 2) * 3, backend="replay", measure=False)
     x = torch.randn(2, 4)
     expected = (layer(x * 2).relu() + 1) * 3
     for _ in range(4):
@@ -126,7 +128,7 @@ def test_gradients_through_checkpoints_and_saved_tensor_hooks():
             step()
         return [p.grad for p in (*a.parameters(), *b.parameters())]
 
-    found = train(lambda f: regraft.coexecute(f, measure=False))
+    found = train(lambda f: regraft.coexecute(f, backend="replay", measure=False))
     assert all(map(torch.equal, train(lambda f: f), found))
 
 
@@ -135,7 +137,7 @@ def test_operators_of_others_run_at_once():
     library.define("first(Tensor x) -> Tensor")
     library.impl("first", lambda x: x[: int(x[0])].clone(), "CPU")
 
-    @regraft.coexecute(measure=False)
+    @regraft.coexecute(backend="replay", measure=False)
     def step(n):
         return torch.ops.regraft_coexec_test.first(torch.full((4,), n)).tolist()
 
@@ -146,7 +148,9 @@ def test_kernels_in_python_run_at_once():
     """Here one whose result's size depends on data, which the operator's schema does not tell."""
     library = torch.library.Library("aten", "IMPL")
     library.impl("hardshrink", lambda x, lambd=0.5: x[: int(x[0])].clone(), "CPU")
-    step = regraft.coexecute(lambda n: F.hardshrink(torch.full((4,), float(n))) * 1, measure=False)
+    step = regraft.coexecute(
+        lambda n: F.hardshrink(torch.full((4,), float(n))) * 1, backend="replay", measure=False
+    )
     try:
         assert [len(step(n)) for n in (2, 2, 1, 3, 3, 1)] == [2, 2, 1, 3, 3, 1]
     finally:
@@ -155,7 +159,7 @@ def test_kernels_in_python_run_at_once():
 
 def test_code_outside_sees_torch_as_it_was():
     """The wrappers of torch's functions and methods do not show where nothing is co-executed."""
-    together = regraft.coexecute(lambda x: x + 1, measure=False)
+    together = regraft.coexecute(lambda x: x + 1, backend="replay", measure=False)
     together(torch.ones(2))
     with torch.device("meta"):
         assert torch.tensor([1.0]).is_meta and torch.asarray([1.0]).is_meta

@@ -67,7 +67,7 @@ def training(detour_at, detour, fetch_at, fetch):
 @pytest.mark.parametrize("index", range(len(OPERATORS) + 1))
 def test_divergence_and_cut_at_every_operator(index, kind):
     results = []
-    for wrap in (lambda f: f, lambda f: regraft.coexecute(f, measure=False)):
+    for wrap in (lambda f: f, lambda f: regraft.coexecute(f, backend="replay", measure=False)):
         w, step = training(index, DETOURS[kind], len(OPERATORS) - index, FETCHES[kind])
         step = wrap(step)
         results.append(([step(call) for call in range(8)], w.detach().clone(), w.grad))
@@ -154,6 +154,8 @@ def test_random_programs_with_views_writes_and_aliases(program):
             return tensors
 
         if together:
-            step = regraft.coexecute(step, measure=False, overlap=len(program) % 2 == 0)
+            step = regraft.coexecute(
+                step, backend="replay", measure=False, overlap=len(program) % 2 == 0
+            )
         outcomes.append(([[t.tolist() for t in step(call)] for call in range(4)], copy.copy(seen)))
     assert repr(outcomes[0]) == repr(outcomes[1])

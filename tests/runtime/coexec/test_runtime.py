@@ -43,7 +43,7 @@ def test_long_programs_run_on_another_thread():
         time.sleep(0.1)  # Python at work on something else
         return y
 
-    step = regraft.coexecute(busy, measure=False)
+    step = regraft.coexecute(busy, backend="replay", measure=False)
     x = torch.randn(8)
     for _ in range(4):
         assert torch.equal(step(x), forward(x))
@@ -60,7 +60,7 @@ def test_a_value_is_read_after_all_writes_to_it():
         time.sleep(0.05)
         return a.item()
 
-    step = regraft.coexecute(step, measure=False)
+    step = regraft.coexecute(step, backend="replay", measure=False)
     assert [step() for _ in range(4)] == [72] * 4
     assert step.report().executed_aside > 0
 
@@ -75,7 +75,7 @@ def test_a_placeholder_on_another_thread_gets_its_value():
         thread.join()
         return y * 3
 
-    step = regraft.coexecute(step, measure=False)
+    step = regraft.coexecute(step, backend="replay", measure=False)
     for _ in range(3):
         step(torch.ones(4))
     assert found == [16.0] * 3
@@ -97,7 +97,10 @@ def test_other_threads_see_what_was_written_before_they_were_told():
         asked.clear()
         weight.mul_(2)
 
-    step, thread = regraft.coexecute(step, measure=False), threading.Thread(target=read)
+    step, thread = (
+        regraft.coexecute(step, backend="replay", measure=False),
+        threading.Thread(target=read),
+    )
     thread.start()
     for _ in range(3):
         step()
@@ -118,7 +121,7 @@ def test_settings_hold_for_the_operators_before_them():
         torch.set_default_dtype(torch.float32)
         return a, b, c, F.scaled_dot_product_attention(x, x, x), torch.ones(2).long() / 3
 
-    expected, together = step(), regraft.coexecute(step, measure=False)
+    expected, together = step(), regraft.coexecute(step, backend="replay", measure=False)
     for _ in range(3):
         found = together()
         assert all(map(torch.equal, expected, found))
@@ -128,7 +131,7 @@ def test_settings_hold_for_the_operators_before_them():
 def test_threads_have_their_own_paths():
     layer = nn.Linear(8, 8)
 
-    @regraft.coexecute(measure=False)
+    @regraft.coexecute(backend="replay", measure=False)
     def step(x):
         loss = layer(forward(x)).sum()
         return loss.item(), torch.autograd.grad(loss, layer.weight)[0]
@@ -153,7 +156,7 @@ def test_threads_have_their_own_paths():
 def test_errors_keep_their_type_and_leave_the_function_usable():
     table = nn.Embedding(4, 2)
 
-    @regraft.coexecute(measure=False)
+    @regraft.coexecute(backend="replay", measure=False)
     def step(index, shape):
         x = table(torch.tensor([index])) * 2
         return x.view(shape).sum().item()
@@ -173,7 +176,7 @@ def test_errors_keep_their_type_and_leave_the_function_usable():
 def test_an_exception_of_the_program_leaves_what_ran_before_it():
     weight = torch.zeros(3)
 
-    @regraft.coexecute(measure=False)
+    @regraft.coexecute(backend="replay", measure=False)
     def step(call):
         weight.add_(1)
         if call % 3 == 2:
@@ -195,7 +198,7 @@ def test_an_exception_of_the_program_leaves_what_ran_before_it():
 def test_a_value_that_never_came_says_so():
     table, kept = torch.ones(3), []
 
-    @regraft.coexecute(measure=False)
+    @regraft.coexecute(backend="replay", measure=False)
     def step(index):
         kept.append(table.index_select(0, torch.tensor([index])) + 1)
 
@@ -214,7 +217,7 @@ def test_memory_is_freed_when_python_drops_it():
     optimizer = torch.optim.Adam(model.parameters())
     seen = []
 
-    @regraft.coexecute(measure=False)
+    @regraft.coexecute(backend="replay", measure=False)
     def step(x):
         optimizer.zero_grad()
         h = model[1](model[0](x))
@@ -238,7 +241,7 @@ def test_memory_is_freed_when_python_drops_it():
 
 
 def test_paths_without_end_are_bounded():
-    @regraft.coexecute(measure=False)
+    @regraft.coexecute(backend="replay", measure=False)
     def step(count):
         x = torch.ones(2)
         for _ in range(count):
@@ -296,5 +299,5 @@ def test_dropout_draws_in_the_order_of_the_program():
     torch.manual_seed(3)
     expected = [step() for _ in range(4)]
     torch.manual_seed(3)
-    together = regraft.coexecute(step, measure=False)
+    together = regraft.coexecute(step, backend="replay", measure=False)
     assert [together() for _ in range(4)] == expected
