@@ -85,7 +85,7 @@ class _Task:
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         made = {id(out) for entry in found.entries for out in entry.outs}
         self._inputs = [_fake(self._mode, x, id(x) in made) for x in found.tensors]
-        self._where = found.inputs, found.outputs, found.first, found.sharing, set(found.varying)
+        self._where = found.inputs, found.outputs, found.first, found.writes, set(found.varying)
 
     def run(self) -> None:
         start = time.perf_counter()
@@ -98,7 +98,7 @@ class _Task:
 
     def _function(self) -> Callable[..., Any]:
         metas = [(x.shape, x.stride(), x.dtype, x.requires_grad) for x in self._inputs]
-        key = f"{self._backend} {self._traced.signature()} {metas} {self._where[3]}"
+        key = f"{self._backend} {self._traced.signature()} {metas}"
         if key not in _known:
             _known[key] = compile_function(self._traced, self._inputs, self._mode, self._backend)
         return _known[key]
@@ -133,5 +133,5 @@ def compile_function(
     mode_of_grad = torch.enable_grad if traced.differentiable else torch.no_grad
     examples = [x.detach().requires_grad_(traced.differentiable and x.requires_grad) for x in given]
     with mode_of_grad(), config.patch(OPTIONS), aot.patch(force_non_lazy_backward_lowering=True):
-        compiled = compile_fx(graph, examples)
+        compiled: Any = compile_fx(graph, examples)
     return lambda tensors: compiled(*tensors)

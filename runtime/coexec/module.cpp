@@ -81,11 +81,11 @@ static void leave(Engine& engine) {
 static void attach(Stretch& stretch, py::object call,
                    const std::vector<std::pair<uint32_t, int32_t>>& inputs,
                    const std::vector<Result>& outputs, const std::vector<uint32_t>& first,
-                   const std::vector<int32_t>& sharing, const std::set<size_t>& varying,
+                   const std::vector<uint32_t>& writes, const std::set<size_t>& varying,
                    bool grad, double seconds) {
   auto segment = std::make_unique<Segment>();
   for (const auto& [entry, tensor] : inputs) segment->inputs.push_back({entry, tensor});
-  segment->outputs = outputs, segment->first = first, segment->sharing = sharing;
+  segment->outputs = outputs, segment->first = first, segment->writes = writes;
   segment->grad = grad;
   segment->call = call.release().ptr();
   for (size_t i = 0; i < stretch.numbers.size(); ++i) stretch.numbers[i].varies = varying.count(i);

@@ -33,7 +33,7 @@ struct Segment {
   std::vector<Result> outputs;
   std::vector<uint32_t> first;   // entries that run as they are, before the function
   bool grad = false;             // later backward passes go through it
-  std::vector<int32_t> sharing;  // an input each: the first one of the same memory; empty: no matter
+  std::vector<uint32_t> writes;  // inputs, none of which may share memory with another
   PyObject* call;                // list of tensors -> list of tensors, numbers that vary last
 
   ~Segment() {
@@ -224,20 +224,24 @@ inline bool run_segment(Tape& tape, Stretch& stretch, Entry* entries) {
         if (entries[e].outs[i] && owners.others(entries[e].outs[i].get())) stretch.wanted.insert({e, i});
     if (stretch.wanted.size() != before) return stretch.drop("another result was kept"), false;
   }
-  for (auto e : segment.first) tape.run_or_fail(entries[e]);
+  if (!segment.first.empty()) {
+    py::gil_scoped_release unlocked;
+    for (auto e : segment.first) tape.run_or_fail(entries[e]);
+  }
   auto rest = [&] {
+    py::gil_scoped_release unlocked;
     for (uint32_t e = 0; e < stretch.length; ++e)
       if (!std::binary_search(segment.first.begin(), segment.first.end(), e)) tape.run_or_fail(entries[e]);
   };
   if (tape.error) return rest(), true;
   std::vector<at::Tensor> tensors;
   for (const auto& place : segment.inputs) tensors.push_back(at_place(entries[place.entry], place.tensor));
-  if (!segment.sharing.empty()) {
-    ska::flat_hash_map<const c10::StorageImpl*, int32_t> seen;
-    bool same = true;
-    for (size_t i = 0; i < tensors.size(); ++i)
-      same &= seen.emplace(tensors[i].storage().unsafeGetStorageImpl(), i).first->second == segment.sharing[i];
-    if (!same) return stretch.drop("tensors came to share memory"), rest(), true;
+  if (!segment.writes.empty()) {
+    ska::flat_hash_map<const c10::StorageImpl*, int> users;
+    for (const auto& t : tensors) ++users[t.storage().unsafeGetStorageImpl()];
+    for (auto input : segment.writes)
+      if (users[tensors[input].storage().unsafeGetStorageImpl()] > 1)
+        return stretch.drop("tensors came to share memory"), rest(), true;
   }
   try {
     c10::AutoGradMode mode(segment.grad);

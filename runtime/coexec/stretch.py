@@ -69,6 +69,8 @@ class Entry:
 
     def aliased(self) -> Iterator[Tensor]:
         """Arguments that are written, or that a result is a view of."""
+        if self.backward:
+            return
         for argument, value in zip(self.op._schema.arguments, self.args, strict=True):
             if argument.alias_info is not None:
                 yield from (x for x in _flat(value) if isinstance(x, Tensor))
@@ -95,7 +97,8 @@ def _flat(value: Any) -> Iterator[Any]:
 @dataclass
 class Plan:
     """inputs: where the function's arguments are found; first: entries that run before it, as they
-    are; outputs: results that Python still has; differentiable: by a later backward pass."""
+    are; outputs: results that Python still has; writes: inputs, by number; differentiable: by a
+    later backward pass."""
 
     entries: list[Entry]
     numbers: dict[tuple[int, int, int], tuple[int, Any, bool]]
@@ -103,7 +106,7 @@ class Plan:
     first: list[int] = field(default_factory=list)
     inputs: list[Place] = field(default_factory=list)
     tensors: list[Tensor] = field(default_factory=list)
-    sharing: list[int] = field(default_factory=list)
+    writes: list[int] = field(default_factory=list)
     differentiable: bool = False
 
     @property
@@ -211,7 +214,13 @@ def _picks(entries: list[Entry], made: dict[int, Result], first: set[int]) -> se
     return picks
 
 
-def _storage(x: Tensor) -> int:
+def _memory(x: Tensor, entries: list[Entry], made: dict[int, Result]) -> int:
+    """What a tensor from outside, or a view of one, is stored in; 0 for one that is made here."""
+    while id(x) in made:
+        base = next(entries[made[id(x)][0]].aliased(), None)
+        if base is None:
+            return 0
+        x = base
     return x.untyped_storage()._cdata
 
 
@@ -222,7 +231,7 @@ def _check_order(entries: list[Entry], first: set[int], made: dict[int, Result])
     random = False
 
     def outside(tensors: Any) -> set[int]:
-        return {_storage(x) for x in tensors if x is not None and id(x) not in made}
+        return {_memory(x, entries, made) for x in tensors if x is not None} - {0}
 
     for e, entry in enumerate(entries):
         reads, writes = outside(entry.given), outside(entry.written())
@@ -252,31 +261,28 @@ def _find_inputs(found: Plan, made: dict[int, Result], first: set[int]) -> None:
             known.add(id(x))
             found.inputs.append(place)
             found.tensors.append(x)
-        written |= {id(x) for x in entry.written()}
-    if written & known:
-        _share(found, made, written)
+        written |= {_viewed(x, found.entries, made, first) for x in entry.written()}
+    found.writes = [number for number, x in enumerate(found.tensors) if id(x) in written]
+    _check_sharing(found, made)
+
+
+def _viewed(x: Tensor, entries: list[Entry], made: dict[int, Result], first: set[int]) -> int:
+    """The tensor, by id, that this one is a view of, as far as the function sees."""
+    while id(x) in made and made[id(x)][0] not in first:
+        base = next(entries[made[id(x)][0]].aliased(), None)
+        if base is None:
+            break
+        x = base
+    return id(x)
 
 
 def _is_number(found: Plan, e: int, entry: Entry, x: Tensor) -> bool:
     return any(arg is x and (e, a, -1) in found.numbers for a, arg in enumerate(entry.args))
 
 
-def _source(x: Tensor, entries: list[Entry], made: dict[int, Result]) -> int:
-    """The memory of a tensor that is there, or will be a part of one."""
-    while id(x) in made:
-        viewed = next(entries[made[id(x)][0]].aliased(), None)
-        if viewed is None:
-            return id(x)
-        x = viewed
-    return _storage(x)
-
-
-def _share(found: Plan, made: dict[int, Result], written: set[int]) -> None:
-    """Which inputs share memory, where one of them is written."""
-    seen: dict[int, int] = {}
-    for number, x in enumerate(found.tensors):
-        found.sharing.append(seen.setdefault(_source(x, found.entries, made), number))
-    shared = {n for number, n in enumerate(found.sharing) if n != number}
-    for number, x in enumerate(found.tensors):
-        if found.sharing[number] in shared and id(x) in written:
+def _check_sharing(found: Plan, made: dict[int, Result]) -> None:
+    """What the function writes to is no other input's memory, as is looked at before each call."""
+    memory = [_memory(x, found.entries, made) for x in found.tensors]
+    for number in found.writes:
+        if memory[number] and memory.count(memory[number]) > 1:
             raise Unfit("it writes to memory that two of its tensors share")

@@ -263,12 +263,12 @@ def test_what_does_not_repeat_or_win_stays_eager_and_says_so_once(notices):
 
 def test_calls_are_timed_before_one_kind_is_kept():
     step, expected = regraft.coexecute(forward), forward(torch.ones(3))
-    for _ in range(600):
-        assert torch.equal(step(torch.ones(3)), expected)
+    deadline = time.monotonic() + 120
+    while not step.report().mode.startswith(("eager", "co-executed")):
+        assert time.monotonic() < deadline
+        assert torch.allclose(step(torch.ones(3)), expected)
     report = step.report()
-    assert (
-        report.mode.startswith(("eager", "co-executed")) and report.eager_s and report.coexecuted_s
-    )
+    assert report.eager_s and report.coexecuted_s
     assert "ms eager" in str(report)
 
 
