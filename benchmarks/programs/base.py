@@ -16,13 +16,15 @@ class Program:
     optimizer: torch.optim.Optimizer
     forward: Callable[..., Any]
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
         torch.manual_seed(0)
-        self.turn = 0
+        self.turn, self.device = 0, device
         self.log: list[Any] = []
         self.kept: list[Any] = []
         self.build()
         self.kept.append(self.model)
+        for name, value in vars(self).items():
+            setattr(self, name, _moved(value, device))
 
     def build(self) -> None:
         raise NotImplementedError
@@ -41,6 +43,14 @@ class Program:
         self.optimizer.step()
 
 
+def _moved(value: Any, device: str) -> Any:
+    if isinstance(value, Tensor | nn.Module):
+        return value.to(device)
+    if isinstance(value, list | tuple):
+        return type(value)(_moved(item, device) for item in value)
+    return value
+
+
 class Block(nn.Module):
     def __init__(self, width: int, heads: int, causal: bool = False, relative: int = 0) -> None:
         super().__init__()
@@ -57,10 +67,12 @@ class Block(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         scores = q @ k.transpose(-1, -2) / math.sqrt(width // self.heads)
         if self.bias is not None:
-            place = torch.arange(length)
+            place = torch.arange(length, device=x.device)
             scores = scores + self.bias[:, place[:, None] - place + length - 1]
         if self.causal:
-            scores = scores.masked_fill(torch.ones(length, length).triu(1).bool(), -torch.inf)
+            scores = scores.masked_fill(
+                torch.ones(length, length, device=x.device).triu(1).bool(), -torch.inf
+            )
         weights = scores.softmax(-1)
         self.attention = weights.detach()  # kept on the module, as the originals do
         x = x + self.out((weights @ v).transpose(1, 2).reshape(batch, length, width))

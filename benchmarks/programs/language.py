@@ -26,7 +26,7 @@ class BertCls(Program):
         logits = self.forward(ids).mean(1)
         loss = F.cross_entropy(logits, labels)
         self.learn(loss)
-        found, wanted = logits.detach().argmax(-1).numpy(), labels.numpy()
+        found, wanted = logits.detach().argmax(-1).cpu().numpy(), labels.cpu().numpy()
         np.add.at(self.confusion, (wanted, found), 1)
         self.log.append(json.dumps({"step": self.turn, "loss": loss.item()}))
         self.turn += 1
@@ -101,7 +101,7 @@ class GPT2(Program):
 
     @torch.no_grad()
     def _sample(self) -> list[int]:
-        ids = torch.zeros(1, 1, dtype=torch.long)
+        ids = torch.zeros(1, 1, dtype=torch.long, device=self.device)
         while ids.shape[1] < 8:
             chances = self.forward(ids)[:, -1].softmax(-1)
             ids = torch.cat([ids, torch.multinomial(chances, 1)], 1)

@@ -65,7 +65,7 @@ class Reinforce(Program):
         angle, speed = self.draw.uniform(-0.05, 0.05), 0.0
         chances, rewards = [], []
         for _ in range(12):
-            logits = self.forward(torch.tensor([angle, speed])).log_softmax(-1)
+            logits = self.forward(torch.tensor([angle, speed], device=self.device)).log_softmax(-1)
             action = torch.multinomial(logits.detach().exp(), 1).item()
             chances.append(logits[int(action)])
             speed += 0.1 * angle + (0.02 if action else -0.02)
@@ -77,7 +77,7 @@ class Reinforce(Program):
         for reward in reversed(rewards):
             total = reward + 0.95 * total
             returns.insert(0, total)
-        gain = torch.tensor(returns)
+        gain = torch.tensor(returns, device=self.device)
         loss = -(torch.stack(chances) * (gain - gain.mean())).sum()
         self.learn(loss)
         self.turn += 1
@@ -99,7 +99,8 @@ class AdamSchedule(Program):
         )
 
     def step(self) -> Any:
-        loss = F.mse_loss(self.forward(torch.randn(16, 16)), torch.randn(16, 4))
+        inputs = torch.randn(16, 16, device=self.device)
+        loss = F.mse_loss(self.forward(inputs), torch.randn(16, 4, device=self.device))
         self.optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)

@@ -22,9 +22,10 @@ def conv(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
 
 
 class Classifier(Program):
-    def __init__(self) -> None:
-        super().__init__()
-        self.images, self.labels = torch.randn(6, 8, 3, 16, 16), torch.randint(5, (6, 8))
+    def __init__(self, device: str = "cpu") -> None:
+        super().__init__(device)
+        self.images = torch.randn(6, 8, 3, 16, 16).to(device)
+        self.labels = torch.randint(5, (6, 8)).to(device)
 
     def batch(self) -> tuple[Tensor, Tensor]:
         return self.images[self.turn % 6], self.labels[self.turn % 6]
@@ -135,12 +136,12 @@ class FasterRCNN(Program):
         features, scores, boxes = self.forward(self.images[which])
         losses, counts = [], []
         for image in range(2):
-            corners = boxes[image].detach().numpy()
+            corners = boxes[image].detach().cpu().numpy()
             corners = np.concatenate([corners[:, :2], corners[:, :2] + 0.2 + corners[:, 2:]], 1)
-            kept = suppress(corners, scores[image].detach().numpy())
+            kept = suppress(corners, scores[image].detach().cpu().numpy())
             pooled = features[image].flatten(1)[:, kept].mean(1)
             losses.append(F.cross_entropy(self.model.classes(pooled), self.labels[which, image]))
-            target = torch.zeros(scores.shape[1])
+            target = torch.zeros(scores.shape[1], device=self.device)
             target[kept] = 1.0
             losses.append(F.binary_cross_entropy_with_logits(scores[image], target))
             counts.append(len(kept))
@@ -170,10 +171,12 @@ class DCGAN(Program):
 
     def _loss(self, images: Tensor, wanted: float) -> Tensor:
         verdicts = self.judge(images).flatten()
-        return F.binary_cross_entropy_with_logits(verdicts, torch.full((8,), wanted))
+        return F.binary_cross_entropy_with_logits(
+            verdicts, torch.full((8,), wanted, device=self.device)
+        )
 
     def step(self) -> Any:
-        made = self.forward(torch.randn(8, 16, 1, 1))
+        made = self.forward(torch.randn(8, 16, 1, 1, device=self.device))
         if self.last > 0.9 or self.turn % 2 == 0:
             self.judge_step.zero_grad()
             loss = self._loss(self.real[self.turn % 8], 1.0) + self._loss(made.detach(), 0.0)
@@ -185,7 +188,7 @@ class DCGAN(Program):
         loss.backward()
         self.makes_step.step()
         if self.turn % 10 == 0:
-            picture = np.concatenate(list(made.detach().numpy()[:4, 0]), 1)
+            picture = np.concatenate(list(made.detach().cpu().numpy()[:4, 0]), 1)
             log.info("grid %s %.3f", picture.shape, picture.mean())
         self.turn += 1
         return self.last, loss.item()
@@ -203,12 +206,15 @@ class YOLOv3(Program):
 
     def step(self) -> Any:
         found = self.forward(self.images[self.turn % 4])
-        target, weight = torch.zeros(4, 8, 4, 4), torch.full((4, 8, 4, 4), 0.1)
+        target = torch.zeros(4, 8, 4, 4, device=self.device)
+        weight = torch.full((4, 8, 4, 4), 0.1, device=self.device)
         for image in range(4):
             for _ in range(self.draw.randint(1, 3)):
                 x, y, kind = self.draw.random(), self.draw.random(), self.draw.randrange(3)
                 row, column = int(y * 4), int(x * 4)
-                target[image, :3, row, column] = torch.tensor([1.0, x * 4 - column, y * 4 - row])
+                target[image, :3, row, column] = torch.tensor(
+                    [1.0, x * 4 - column, y * 4 - row], device=self.device
+                )
                 target[image, 5 + kind, row, column] = 1.0
                 weight[image, :, row, column] = 1.0
         loss = (weight * (found - target).pow(2)).sum() / 4

@@ -6,7 +6,7 @@ import atexit
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from regraft.runtime.coexec.hooks import quietly
+from regraft.runtime.coexec.recorded import Function, OnDevice, Recorded
 from regraft.runtime.coexec.stretch import Entry, Plan, Result, Unfit, plan
 from regraft.runtime.coexec.trace import Traced
 
 log = logging.getLogger("regraft")
 _lock = threading.Lock()
-_known: dict[str, Callable[..., Any]] = {}
+_known: dict[str, Function] = {}
 OPTIONS = {"fallback_random": True, "size_asserts": False, "nan_asserts": False}
 
 
@@ -85,6 +86,7 @@ class _Task:
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         made = {id(out) for entry in found.entries for out in entry.outs}
         self._inputs = [_fake(self._mode, x, id(x) in made) for x in found.tensors]
+        self._writes = found.writes
         self._where = found.inputs, found.outputs, found.first, found.writes, set(found.varying)
 
     def run(self) -> None:
@@ -96,12 +98,20 @@ class _Task:
         seconds = time.perf_counter() - start
         self._stretch.attach(function, *self._where, self._traced.differentiable, seconds)
 
-    def _function(self) -> Callable[..., Any]:
-        metas = [(x.shape, x.stride(), x.dtype, x.requires_grad) for x in self._inputs]
-        key = f"{self._backend} {self._traced.signature()} {metas}"
+    def _function(self) -> Function:
+        traced, inputs = self._traced, self._inputs
+        metas = [(x.shape, x.stride(), x.dtype, x.device, x.requires_grad) for x in inputs]
+        key = f"{self._backend} {traced.signature()} {metas}"
+        device = next((x.device for x in inputs if not x.is_cpu), torch.device("cpu"))
         if key not in _known:
-            _known[key] = compile_function(self._traced, self._inputs, self._mode, self._backend)
-        return _known[key]
+            _known[key] = compile_function(traced, inputs, device, self._mode, self._backend)
+        function = _known[key]
+        if device.type == "cpu":
+            return function
+        whole = all(x.device == device for x in inputs) and not traced.differentiable
+        if whole and self._backend == "inductor":
+            function = Recorded(function, self._writes)
+        return OnDevice(function, device) if traced.varying else function
 
 
 def _fake(mode: Any, x: Tensor, pending: bool) -> Tensor:
@@ -113,25 +123,28 @@ def _fake(mode: Any, x: Tensor, pending: bool) -> Tensor:
 
 
 def compile_function(
-    traced: Traced, inputs: Sequence[Tensor], mode: Any, backend: str
-) -> Callable[[list[Tensor]], Sequence[Tensor]]:
-    """list of tensors -> list of tensors, some of the former written."""
-    from torch._functorch import config as aot
-    from torch._inductor import config
-    from torch._inductor.compile_fx import compile_fx
+    traced: Traced, inputs: Sequence[Tensor], device: torch.device, mode: Any, backend: str
+) -> Function:
+    """list of tensors -> list of tensors, some of the former written; numbers come last."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
     given = list(inputs)
     with mode, torch.enable_grad():
         if traced.varying:
-            given.append(torch.empty(len(traced.varying), dtype=torch.float64))
+            given.append(torch.empty(len(traced.varying), dtype=torch.float64, device=device))
         graph = make_fx(traced, tracing_mode="real")(*given)
     graph.graph.eliminate_dead_code()
     graph.recompile()
-    if backend == "aten":
-        return lambda tensors: graph(*tensors)
-    mode_of_grad = torch.enable_grad if traced.differentiable else torch.no_grad
-    examples = [x.detach().requires_grad_(traced.differentiable and x.requires_grad) for x in given]
-    with mode_of_grad(), config.patch(OPTIONS), aot.patch(force_non_lazy_backward_lowering=True):
-        compiled: Any = compile_fx(graph, examples)
-    return lambda tensors: compiled(*tensors)
+    function: Any = graph if backend == "aten" else _inductor(graph, given, traced.differentiable)
+    return lambda tensors: function(*tensors)
+
+
+def _inductor(graph: torch.fx.GraphModule, given: Sequence[Tensor], differentiable: bool) -> Any:
+    from torch._functorch import config as aot
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx
+
+    grad = torch.enable_grad if differentiable else torch.no_grad
+    examples = [x.detach().requires_grad_(differentiable and x.requires_grad) for x in given]
+    with grad(), config.patch(OPTIONS), aot.patch(force_non_lazy_backward_lowering=True):
+        return compile_fx(graph, examples)

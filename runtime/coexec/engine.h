@@ -115,7 +115,7 @@ class Engine {
       for (size_t i = 0; i < given.size() && spec.alias < 0; ++i)
         if (given[i] == tensor.unsafeGetTensorImpl()) spec.alias = i;
       const bool plain = typeid(*tensor.unsafeGetTensorImpl()) == typeid(c10::TensorImpl) &&
-          !known_outs[at++] && tensor.is_cpu() && tensor.use_count() == 1;
+          !known_outs[at++] && has_backend(tensor.device()) && tensor.use_count() == 1;
       if (spec.alias < 0 && !plain) made->barrier = true;
       else if (spec.alias < 0) spec.meta = metas.intern(tensor.unsafeGetTensorImpl());
       for (const auto& other : results_seen) made->barrier |= other == tensor.unsafeGetTensorImpl();
@@ -167,7 +167,7 @@ class Engine {
   c10::intrusive_ptr<PlaceholderImpl> placeholder(uint32_t meta, bool grad, int32_t slot = -1) {
     const auto& m = metas[meta];
     auto made = c10::make_intrusive<PlaceholderImpl>(
-        m.keys, m.dtype, m.sizes, m.strides, m.wrapped, this);
+        m.keys, m.dtype, m.device, m.sizes, m.strides, m.wrapped, this);
     if (grad) made->set_requires_grad(true);
     made->predicted_grad = grad, made->meta = meta, made->epoch = epoch_;
     made->slot = slot < 0 ? static_cast<int32_t>(slots_.size()) : slot;
@@ -229,10 +229,11 @@ class Engine {
       return;
     }
     if (!own && typeid(*impl) != typeid(c10::TensorImpl)) why_ = "a tensor of a special kind";
-    else if (!tensor.is_cpu()) why_ = "a device without back end";
+    else if (!has_backend(tensor.device())) why_ = "a device without back end";
     else if (impl->is_inference()) why_ = "an inference tensor";
     else if (impl->key_set().has_any(c10::python_ks)) why_ = "a tensor subclass";
     if (why_) return;
+    if (!tensor.is_cpu()) tape.stay_here = true;  // its stream is the current one of this thread
     const bool leaf = !grad || tensor.is_leaf();
     uint32_t meta;
     if (own && own->engine == this && own->epoch == epoch_) {
@@ -291,8 +292,10 @@ class Engine {
       return;
     }
     if (value.isDevice()) {
-      if (!value.toDevice().is_cpu()) why_ = "a device without back end";
-      return key.push_back(9);
+      const auto device = value.toDevice();
+      if (!has_backend(device)) why_ = "a device without back end";
+      return key.push_back(9 | static_cast<uint64_t>(device.index() + 1) << 8 |
+                           static_cast<uint64_t>(device.type()) << 16);
     }
     if (value.isComplexDouble()) return key.push_back(10);
     why_ = value.isGenerator() ? "a generator of its own" : "an argument of a special kind";

@@ -83,7 +83,7 @@ inline bool Engine::hooked(const at::Tensor& leaf) const {
 }
 
 inline bool plain_grad(const at::Tensor& grad) {
-  return typeid(*grad.unsafeGetTensorImpl()) == typeid(c10::TensorImpl) && grad.is_cpu() &&
+  return typeid(*grad.unsafeGetTensorImpl()) == typeid(c10::TensorImpl) && has_backend(grad.device()) &&
       !grad.requires_grad() && !Foreign::holds(grad);
 }
 

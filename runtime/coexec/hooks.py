@@ -39,6 +39,13 @@ _SETTINGS = ("set_num_threads", "set_flush_denormal", "save", "to_dlpack")
 _BACKENDS = re.compile(
     "_set_.*(sdp|mkldnn|onednn|nnpack|cudnn|blas|linalg|deterministic|float32|fp32|cpu_allow|dtype)"
 )
+# streams that operators on the tape are to run on, and waits for what they do
+_CUDA = re.compile("_cuda_(synchronize|setStream|setDevice|exchangeDevice|beginAllocate.*)")
+_CUDA_METHODS = (
+    ("Stream", ("synchronize", "query", "wait_stream", "wait_event", "record_event")),
+    ("Event", ("record", "wait", "synchronize", "query")),
+    ("CUDAGraph", ("capture_begin", "capture_end", "replay")),
+)
 # what other threads are told or given may be what the tape has yet to write
 _HANDOVERS = (
     (threading.Thread, "start"),
@@ -60,6 +67,8 @@ def install(ext: Any) -> None:
         _wrap_function(ext, torch, name, waits=True)
     for name in filter(_BACKENDS.match, dir(torch._C)):
         _wrap_function(ext, torch._C, name, waits=True)
+    if torch.cuda.is_available():
+        _install_cuda(ext)
     for owner, name in _HANDOVERS:
         _wrap_handover(ext, owner, name)
     for name in _MAKERS:
@@ -73,6 +82,14 @@ def install(ext: Any) -> None:
         after_in_parent=ext.after_fork_in_parent,
         after_in_child=ext.after_fork_in_child,
     )
+
+
+def _install_cuda(ext: Any) -> None:
+    for name in filter(_CUDA.match, dir(torch._C)):
+        _wrap_function(ext, torch._C, name, waits=True)
+    for owner, names in _CUDA_METHODS:
+        for name in names:
+            _wrap_handover(ext, getattr(torch.cuda, owner), name)
 
 
 def _quiet(ext: Any, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:

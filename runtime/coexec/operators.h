@@ -133,15 +133,18 @@ inline const OpInfo& info_of(const c10::OperatorHandle& op) {
   return *(found = std::move(info));
 }
 
-// Sizes, strides, type and dispatch keys, interned: equal ones have one number.
+inline bool has_backend(c10::Device device) { return device.is_cpu() || device.is_cuda(); }
+
+// Sizes, strides, type, device and dispatch keys, interned: equal ones have one number.
 struct Meta {
   std::vector<int64_t> sizes, strides;
   caffe2::TypeMeta dtype;
+  c10::Device device;
   c10::DispatchKeySet keys;
   bool wrapped;
 
   bool matches(const c10::TensorImpl* impl) const {
-    return impl->dtype() == dtype && impl->key_set().remove(PENDING) == keys &&
+    return impl->dtype() == dtype && impl->device() == device && impl->key_set().remove(PENDING) == keys &&
         impl->is_wrapped_number() == wrapped && impl->sizes() == c10::IntArrayRef(sizes) &&
         impl->strides() == c10::IntArrayRef(strides);
   }
@@ -161,13 +164,15 @@ class Metas {
     words_.clear();
     words_.push_back(impl->key_set().remove(PENDING).raw_repr());
     words_.push_back(static_cast<uint64_t>(c10::typeMetaToScalarType(impl->dtype())) |
-                     static_cast<uint64_t>(impl->is_wrapped_number()) << 16);
+                     static_cast<uint64_t>(impl->is_wrapped_number()) << 16 |
+                     static_cast<uint64_t>(impl->device().type()) << 24 |
+                     static_cast<uint64_t>(impl->device().index() + 1) << 32);
     words_.push_back(impl->dim());
     for (auto size : impl->sizes()) words_.push_back(size);
     for (auto stride : impl->strides()) words_.push_back(stride);
     auto [place, fresh] = numbers_.try_emplace(words_, metas_.size());
     if (fresh)
-      metas_.push_back({impl->sizes().vec(), impl->strides().vec(), impl->dtype(),
+      metas_.push_back({impl->sizes().vec(), impl->strides().vec(), impl->dtype(), impl->device(),
                         impl->key_set().remove(PENDING), impl->is_wrapped_number()});
     return place->second;
   }

@@ -4,6 +4,7 @@
 #include <torch/csrc/autograd/variable.h>
 
 #include <atomic>
+#include <map>
 
 namespace regraft {
 
@@ -25,19 +26,22 @@ struct Opened {
 };
 template struct Opened<AutogradSlot, &c10::TensorImpl::autograd_meta_>;
 
-// A storage without memory, shared by all pending placeholders: reading it raises.
-inline c10::Storage& no_storage() {
-  static auto* storage = new c10::Storage(
-      c10::Storage::use_byte_size_t(), 0, c10::DataPtr(nullptr, c10::kCPU), nullptr, false);
-  return *storage;
+// A storage without memory, shared by all pending placeholders of a device: reading it raises.
+inline c10::Storage& no_storage(c10::Device device) {
+  thread_local auto& storages = *new std::map<std::pair<int, int>, c10::Storage>();
+  auto [place, fresh] = storages.try_emplace({static_cast<int>(device.type()), device.index()});
+  if (fresh)
+    place->second = c10::Storage(
+        c10::Storage::use_byte_size_t(), 0, c10::DataPtr(nullptr, device), nullptr, false);
+  return place->second;
 }
 
 class PlaceholderImpl final : public c10::TensorImpl {
  public:
   PlaceholderImpl(
-      c10::DispatchKeySet keys, caffe2::TypeMeta dtype, c10::IntArrayRef sizes,
-      c10::IntArrayRef strides, bool wrapped, Engine* owner)
-      : TensorImpl(c10::Storage(no_storage()), keys.add(PENDING), dtype), engine(owner) {
+      c10::DispatchKeySet keys, caffe2::TypeMeta dtype, c10::Device device,
+      c10::IntArrayRef sizes, c10::IntArrayRef strides, bool wrapped, Engine* owner)
+      : TensorImpl(c10::Storage(no_storage(device)), keys.add(PENDING), dtype), engine(owner) {
     set_sizes_and_strides(sizes, strides);
     if (wrapped) set_wrapped_number(true);
   }

@@ -127,7 +127,7 @@ inline void each_number(const Entry& entry, F&& f) {
     };
     if (value.isTensor()) {
       const auto& t = value.toTensor();
-      if (t.defined() && t.unsafeGetTensorImpl()->is_wrapped_number() && !as_pending(t) && !t.is_complex())
+      if (t.defined() && t.unsafeGetTensorImpl()->is_wrapped_number() && t.is_cpu() && !as_pending(t) && !t.is_complex())
         f(i, -1, !t.is_floating_point(), wrapped(t));
     } else if (static_cast<int>(i) == entry.memo->info->index || entry.memo->info->value_free[i]) {
       if (!value.isList()) number(value, -1);

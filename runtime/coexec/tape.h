@@ -69,6 +69,7 @@ class Tape {
  public:
   static constexpr size_t CHUNK = 48, LONGEST = 4096;
   std::atomic<int64_t> executed_here{0}, executed_aside{0}, aside_ns{0};
+  std::atomic<bool> stay_here{false};  // no other thread is to run entries
   std::exception_ptr error;
   std::string failed;
 
@@ -80,7 +81,7 @@ class Tape {
       waiting = queue_.size();
     }
     unfinished_.fetch_add(1, std::memory_order_relaxed);
-    if (overlap && waiting >= CHUNK && waiting % 16 == 0) wake();
+    if (overlap && !stay_here && waiting >= CHUNK && waiting % 16 == 0) wake();
   }
 
   // The last entry is still here and made `placeholder`: gives its result to `other`.
@@ -175,13 +176,13 @@ class Tape {
       {
         std::unique_lock<std::mutex> guard(wake_mutex_);
         asleep_ = true;
-        wake_.wait(guard, [this] { return stop_ || waiting() >= CHUNK; });
+        wake_.wait(guard, [this] { return stop_ || (!stay_here && waiting() >= CHUNK); });
         asleep_ = false;
         if (stop_) return;
       }
       std::lock_guard<std::mutex> guard(run_mutex_);
       const auto start = now();
-      run_some(executed_aside, 1);
+      if (!stay_here) run_some(executed_aside, 1);
       aside_ns += now() - start;
     }
   }

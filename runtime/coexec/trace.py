@@ -158,7 +158,9 @@ def _differentiate(call: Gradients, values: dict[int, Tensor]) -> None:
                 continue
             assert out is not None and stride is not None
             if grad.stride() != stride:
-                grad = torch.empty_strided(grad.shape, stride, dtype=grad.dtype).copy_(grad)
+                grad = torch.empty_strided(
+                    grad.shape, stride, dtype=grad.dtype, device=grad.device
+                ).copy_(grad)
             elif id(grad) in seen:
                 grad = grad.clone()
             seen.add(id(grad))
@@ -173,7 +175,10 @@ class Number:
 
 
 def _apply(op: Any, args: list[Any]) -> Any:
-    if any(isinstance(arg, Number) for arg in args):
+    given = [x for arg in args for x in (arg if isinstance(arg, list) else (arg,))]
+    if any(isinstance(x, Number) for x in given):
+        if op._schema.name.startswith("aten::_foreach_"):
+            return _each(op, args)
         op, args = _with_tensors(op, args)
     schema = op._schema.arguments
     names = {
@@ -182,6 +187,16 @@ def _apply(op: Any, args: list[Any]) -> Any:
         if argument.kwarg_only
     }
     return op(*args[: len(args) - len(names)], **names)
+
+
+def _each(op: Any, args: list[Any]) -> list[Any]:
+    """An operator on lists, item by item."""
+    packet = getattr(torch.ops.aten, op._schema.name.removeprefix("aten::_foreach_"))
+    overload = {"List": "Tensor", "Scalar": "Scalar", "ScalarList": "Scalar"}
+    name = overload.get(op._schema.overload_name, "")
+    one = getattr(packet, name if name in packet.overloads() else "default")
+    rows = [[arg[i] if isinstance(arg, list) else arg for arg in args] for i in range(len(args[0]))]
+    return [_apply(one, row) for row in rows]
 
 
 def _with_tensors(op: Any, args: list[Any]) -> tuple[Any, list[Any]]:
