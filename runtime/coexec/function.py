@@ -18,7 +18,7 @@ from typing import Any
 from regraft.program.errors import RegraftError
 from regraft.runtime.coexec.build import extension
 from regraft.runtime.coexec.hooks import install, wrap_dynamo
-from regraft.runtime.coexec.report import Report
+from regraft.runtime.coexec.report import Report, ended, made
 
 WARM, MOST_WARM, TRIALS, WORTH, AGAIN = 2, 20, 5, 0.98, 256
 WARMING, TRYING, EAGER = "warming up", "on trial", "eager"
@@ -51,6 +51,7 @@ class Coexecuted:
         self._threads = threading.local()
         self._engines: list[Any] = []
         weakref.finalize(self, _release, self._engines).atexit = False
+        made(self.report)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         engine = self._engine()
@@ -76,7 +77,7 @@ class Coexecuted:
         """What ran how so far."""
         report = Report(_name(self._function), self._mode, self._calls)
         for engine in self._engines:
-            report.add(engine.stats())
+            report.add(engine.stats(), engine.trace())
         if all(self._times.values()):
             eager, *others = self._medians().values()
             report.eager_s, report.coexecuted_s = eager, min(others)
@@ -165,22 +166,25 @@ def coexecution(*, overlap: bool = True) -> Iterator[Callable[[], Report]]:
     ext = extension()
     engine = None if ext is None else new_engine(ext)
     mode = EAGER if engine is None else ASIDE if overlap else HERE
-    report = Report("block", mode, 1)
+    caller = sys._getframe(2)
+    report = Report(f"block at {caller.f_code.co_filename}:{caller.f_lineno}", mode, 1)
     if engine is None or not _enter(engine, False, overlap):
         yield lambda: report
         return
 
     def now() -> Report:
-        found = Report("block", mode, 1)
-        found.add(engine.stats())
+        found = Report(report.name, mode, 1)
+        found.add(engine.stats(), engine.trace())
         return found
 
+    weakref.finalize(now, _release, [engine]).atexit = False
     try:
         yield now
     except BaseException as error:
         _leave(engine, error)
         raise
     _leave(engine, None)
+    ended(now())
 
 
 def new_engine(ext: Any) -> Any:

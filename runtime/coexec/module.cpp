@@ -1,10 +1,10 @@
 // The Python module.
 #include <torch/library.h>
 
-#include "interceptor.h"
+#include "watch.h"
 
 TORCH_LIBRARY_IMPL(_, TESTING_ONLY_GenericMode, m) {
-  m.fallback(torch::CppFunction::makeFromBoxedFunction<&regraft::intercept>());
+  m.fallback(torch::CppFunction::makeFromBoxedFunction<&regraft::watched>());
 }
 TORCH_LIBRARY_IMPL(_, TESTING_ONLY_GenericWrapper, m) {
   m.fallback(torch::CppFunction::makeFromBoxedFunction<&regraft::materialise>());
@@ -13,8 +13,8 @@ TORCH_LIBRARY_IMPL(_, TESTING_ONLY_GenericWrapper, m) {
 namespace regraft {
 
 // Engines are reused, never freed: placeholders may outlive the function they come from.
-static std::vector<Engine*>& engines() {
-  static auto& all = *new std::vector<Engine*>();
+static std::vector<Watched*>& engines() {
+  static auto& all = *new std::vector<Watched*>();
   return all;
 }
 
@@ -46,7 +46,7 @@ static void sync(const std::optional<at::Tensor>& tensor) {
       return;
     }
   if (Engine::active()) {
-    if (!tensor || Engine::active()->depends(*tensor)) fetch(*Engine::active());
+    if (!tensor || Engine::active()->depends(*tensor)) watch([] { fetch(*Engine::active()); });
     if (tensor) Engine::active()->touch(*tensor);
     return;
   }
@@ -57,25 +57,29 @@ static void sync(const std::optional<at::Tensor>& tensor) {
     }
 }
 
-static bool enter(Engine& engine, bool anchored, bool overlap) {
+static bool enter(Watched& engine, bool anchored, bool overlap) {
   if (Engine::active()) return false;
   engine.anchored = anchored, engine.overlap = overlap;
   engine.restart_path();
+  engine.entered = now();
   Engine::active() = &engine;
   include(true);
   return true;
 }
 
-static void leave(Engine& engine) {
+static void leave(Watched& engine) {
   include(false);
   struct Reset {
-    Engine& engine;
-    ~Reset() { Engine::active() = nullptr, engine.restart_path(); }
+    Watched& engine;
+    ~Reset() {
+      Engine::active() = nullptr, engine.restart_path();
+      engine.inside_ns += now() - engine.entered;
+    }
   } reset{engine};
   engine.flush();
 }
 
-static py::dict stats(Engine& engine) {
+static py::dict stats(const Watched& engine) {
   py::dict d;
   d["deferred"] = engine.deferred, d["recorded"] = engine.recorded;
   d["at_once"] = engine.at_once, d["backwards"] = engine.backwards;
@@ -83,6 +87,7 @@ static py::dict stats(Engine& engine) {
   d["executed_here"] = engine.tape.executed_here.load();
   d["executed_aside"] = engine.tape.executed_aside.load();
   d["aside_s"] = engine.tape.aside_ns.load() * 1e-9;
+  d["graph_stall_s"] = engine.idle_ns() * 1e-9;
   d["nodes"] = engine.graph->size(), d["reasons"] = engine.reasons;
   py::dict fetches;
   for (const auto& [line, fetch] : engine.fetches)
@@ -94,17 +99,40 @@ static py::dict stats(Engine& engine) {
   return d;
 }
 
+// The nodes of the trace graph, parents first: number of the parent (-1: the beginning), operator,
+// visits, paths that ended there, the program's line where paths part, lines that waited there.
+static py::list trace(const Watched& engine) {
+  py::list nodes;
+  std::vector<std::pair<const TraceNode*, int64_t>> todo;
+  auto children = [&](const TraceNode* node, int64_t number) {
+    for (auto child = node->children.rbegin(); child != node->children.rend(); ++child)
+      todo.emplace_back(child->get(), number);
+  };
+  children(engine.graph->root(), -1);
+  while (!todo.empty()) {
+    const auto [node, parent] = todo.back();
+    todo.pop_back();
+    children(node, nodes.size());
+    const static Remark none;
+    const auto& remark = node->remark ? *node->remark : none;
+    nodes.append(py::make_tuple(parent, node->memo ? node->memo->info->name : "backward",
+                                node->visits, node->ends, remark.line, remark.waits));
+  }
+  return nodes;
+}
+
 }  // namespace regraft
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using namespace regraft;
-  py::class_<Engine, std::unique_ptr<Engine, py::nodelete>>(m, "Engine")
+  py::class_<Watched, std::unique_ptr<Watched, py::nodelete>>(m, "Engine")
       .def("enter", &enter)
-      .def("leave", [](Engine& e) { translated([&] { leave(e); }); })
+      .def("leave", [](Watched& e) { translated([&] { leave(e); }); })
       .def("stats", &stats)
-      .def("forget", [](Engine& e) { translated([&] { e.flush(), e.clear(); }); });
+      .def("trace", &trace)
+      .def("forget", [](Watched& e) { translated([&] { e.flush(), e.clear(); }); });
   m.def("new_engine", [] {
-    engines().push_back(new Engine());
+    engines().push_back(new Watched());
     return engines().back();
   }, py::return_value_policy::reference);
   m.def("active", [] { return Engine::active() && !Engine::active()->paused; });
