@@ -1,7 +1,8 @@
-"""What the command line shows of programs, caches and ONNX files."""
+"""What the command line shows of programs, caches, ONNX files and co-execution."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,25 @@ def signature(program: Any) -> Table:
     return table
 
 
+def difference(model: Any, asked: list[Any], target: str, markdown: bool) -> str:
+    """What the pass of this name changes of a model; empty: nothing."""
+    from regraft import RegraftError
+    from regraft.frontends.huggingface import capture
+    from regraft.passes import DEFAULT, FINAL, Context, pass_named, run
+
+    steps = [*DEFAULT, *asked, *FINAL]
+    names = [type(step).__name__ for step in steps]
+    index = names.index(target) if target in names else len(steps)
+    step = steps[index] if target in names else pass_named(target)
+    if isinstance(model, Path):
+        raise RegraftError(f"--diff needs a model folder, and {model} is a GGUF file")
+    program, context = capture(model), Context()
+    run(program, steps[:index], context)
+    after = program.copy()
+    run(after, [step], context)
+    return program.diff_markdown(after, target) if markdown else program.diff(after)
+
+
 def onnx_tables(path: Path) -> list[Table]:
     from collections import Counter
 
@@ -88,3 +108,47 @@ def onnx_tables(path: Path) -> list[Table]:
 def _external_files(model: Any, path: Path) -> set[Path]:
     weights = [value.const_value for value in model.graph.initializers.values()]
     return {path.parent / str(w.location) for w in weights if hasattr(w, "location")}
+
+
+def coexecution(report: Any) -> list[Table]:
+    """What a Report of co-execution says; nothing is shown of what there is none of."""
+    ops, back = (report.deferred, report.recorded, report.at_once), report.backwards
+    total = sum(ops)
+    facts = Table("co-execution", "", title=escape(report.name), title_justify="left")
+    shares = zip(("put off", "recorded", "at once"), ops, strict=True)
+    rows = {
+        "mode": f"{report.mode}, {report.calls:,} call{'s' * (report.calls != 1)}",
+        "operators": ", ".join(f"{n:,} {what} ({n / max(total, 1):.0%})" for what, n in shares),
+        "backward passes": f"{back} put off, {report.backwards_eager} at once",
+        "paths": f"{len(report.paths)} over {report.nodes:,} nodes",
+        "Python stall": f"{report.stall_s:.3f} s waiting for operators",
+        "graph stall": f"{report.graph_stall_s:.3f} s or more without an operator to run",
+        "run": f"{report.executed_aside:,} operators aside in {report.aside_s:.3f} s, "
+        f"{report.executed_here:,} by Python's thread",
+    }
+    if report.eager_s is not None and report.coexecuted_s is not None:
+        rows["a call"] = f"{report.eager_s * 1e3:.3f} ms eager, {report.coexecuted_s * 1e3:.3f} so"
+    if report.segments:
+        rows["segments"] = f"{len(report.segments)}, compiled in {report.compile_s:.1f} s"
+    for name, text in rows.items():
+        facts.add_row(name, escape(text))
+    fetches = Table("Python waits at", "times", "seconds", "ms each")
+    for line, (waits, seconds) in _most(report.fetches, lambda pair: pair[1]):
+        fetches.add_row(_here(line), f"{waits:,}", f"{seconds:.4f}", f"{seconds / waits * 1e3:.3f}")
+    fallbacks = Table("at once, because of", "operators")
+    for reason, operators in _most(report.fallbacks, int):
+        fallbacks.add_row(escape(reason), f"{operators:,}")
+    segments = Table("segment of", "launches", "seconds to compile", "state")
+    for length, launches, seconds, state in sorted(report.segments, key=lambda s: -s[0] * s[1]):
+        segments.add_row(f"{length} operators", f"{launches:,}", f"{seconds:.2f}", escape(state))
+    return [facts, *(table for table in (fetches, fallbacks, segments) if table.row_count)]
+
+
+def _most(counts: dict[str, Any], cost: Callable[[Any], float], shown: int = 12) -> list[Any]:
+    return sorted(counts.items(), key=lambda item: -cost(item[1]))[:shown]
+
+
+def _here(line: str) -> str:
+    """A path and line, from the working directory where it is below that."""
+    path = Path(line)
+    return escape(str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path))

@@ -52,8 +52,22 @@ class _Box:
             todo += box.children
 
 
-def svg(start: Start) -> str:
-    """A picture of the graph: the start on top, calls flow down, edges say how often."""
+def svg(*starts: Start) -> str:
+    """A picture of the graphs: the start on top, calls flow down, edges say how often."""
+    parts, width, height = [], 0.0, 0.0
+    for start in starts:
+        text, wide, high = _graph(start)
+        parts.append(f'<g transform="translate(0 {height:.0f})">\n{text}\n</g>')
+        width, height = max(width, wide), height + high
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" '
+        f'viewBox="0 0 {width:.0f} {height:.0f}">\n<style>{STYLE}</style>\n'
+        '<rect width="100%" height="100%" fill="#ffffff"/>\n' + "\n".join(parts)
+    ) + "\n</svg>\n"
+
+
+def _graph(start: Start) -> tuple[str, float, float]:
+    """One graph, its width and height."""
     root = _boxes(start)
     _place(root)
     boxes = list(root.all())
@@ -62,32 +76,29 @@ def svg(start: Start) -> str:
     for box in boxes:
         box.x += (width - root.spread) / 2
     most = max(root.visits, 1)
-    parts = [_edge(box, child, most) for box in boxes for child in box.children]
+    parts = [_text(GAP, 34, "title", start.name), _text(GAP, 54, "about", start.about)]
+    parts += [_edge(box, child, most) for box in boxes for child in box.children]
     parts += [_drawn(box) for box in boxes]
-    title = _text(GAP, 34, "title", start.name) + _text(GAP, 54, "about", start.about)
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" '
-        f'viewBox="0 0 {width:.0f} {height:.0f}">\n<style>{STYLE}</style>\n'
-        f'<rect width="100%" height="100%" fill="#ffffff"/>\n{title}\n' + "\n".join(parts)
-    ) + "\n</svg>\n"
+    return "\n".join(parts), width, height
 
 
-def dot(start: Start) -> str:
+def dot(*starts: Start) -> str:
     """The same for Graphviz."""
-    lines = ["digraph coexecution {", f"  label={_quoted(f'{start.name}: {start.about}')};"]
-    lines += ["  labelloc=t;", "  node [shape=box, fontname=monospace, fontsize=10];"]
+    lines = ["digraph coexecution {", "  node [shape=box, fontname=monospace, fontsize=10];"]
     lines.append("  edge [fontname=monospace, fontsize=9];")
-    boxes = list(_boxes(start).all())
-    numbers = {id(box): number for number, box in enumerate(boxes)}
-    for number, box in enumerate(boxes):
-        waits = any(kind == WAIT for kind, _ in box.lines)
-        style = ', style=filled, fillcolor="#fdeccb"' if waits else ""
-        label = _quoted("\n".join(text for _, text in box.lines))
-        lines.append(f"  n{number} [label={label}{style}];")
-        lines += [
-            f'  n{number} -> n{numbers[id(child)]} [label="{child.visits}"];'
-            for child in box.children
-        ]
+    number = count()
+    for start in starts:
+        boxes = {id(box): (next(number), box) for box in _boxes(start).all()}
+        lines.append(f"  subgraph cluster{next(number)} {{")
+        lines.append(f"    label={_quoted(f'{start.name}: {start.about}')};")
+        for own, box in boxes.values():
+            waits = any(kind == WAIT for kind, _ in box.lines)
+            style = ', style=filled, fillcolor="#fdeccb"' if waits else ""
+            label = _quoted("".join(f"{text}\n" for _, text in box.lines))
+            lines.append(f"    n{own} [label={label}{style}];")
+            for child in box.children:
+                lines.append(f'    n{own} -> n{boxes[id(child)][0]} [label="{child.visits}"];')
+        lines.append("  }")
     return "\n".join([*lines, "}"]) + "\n"
 
 

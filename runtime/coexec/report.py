@@ -80,14 +80,14 @@ class Report:
 
     def dot(self) -> str:
         """The trace graph as Graphviz text, runs of operators as one node each."""
-        return dot(self._blocks())
+        return dot(self.graph())
 
     def svg(self, path: str | Path) -> None:
         """Write the same as a picture."""
-        Path(path).write_text(svg(self._blocks()), encoding="utf-8")
+        Path(path).write_text(svg(self.graph()), encoding="utf-8")
 
-    def _blocks(self) -> Start:
-        about = f"{self.mode}, {self.calls} calls, {self.symbolic:.0%} of the operators put off"
+    def graph(self) -> Start:
+        about = f"{self.mode}, {self.calls} call{'s' * (self.calls != 1)}, {self.symbolic:.0%} of the operators put off"
         return Start(self.name, about, blocks(self.traces))
 
     def __str__(self) -> str:
