@@ -352,7 +352,9 @@ def _compile(
 ) -> Any:
     import regraft
 
-    return regraft.compile(model, passes, recipe=recipe, target=target, calibration=calibration)
+    return regraft.compile(
+        model, passes, recipe=recipe, target=target, calibration=calibration, fallback="error"
+    )
 
 
 def _generate(compiled: Any, tokenizer: Any, prompt: str, count: int) -> Any:

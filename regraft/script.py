@@ -1,4 +1,4 @@
-"""``regraft inspect --coexec SCRIPT``: a script run as python runs it, then what was co-executed."""
+"""``regraft inspect --coexec SCRIPT``: a script run as python does, then what was co-executed."""
 
 from __future__ import annotations
 
@@ -32,14 +32,17 @@ def inspect(arguments: list[str], picture: Path | None, put: Callable[[Any], Non
     from regraft.runtime.coexec.picture import dot, svg
     from regraft.runtime.coexec.report import watching
 
-    writers = {".svg": svg, ".dot": dot}
-    if picture is not None and picture.suffix not in writers:
+    draw = {".svg": svg, ".dot": dot}.get(picture.suffix if picture else ".svg")
+    if draw is None:
         raise RegraftError(f"--picture {picture}: an .svg or a .dot file")
-    run = _runner(arguments[0])
-    argv, path, sys.argv = sys.argv, sys.path[:], arguments
+    script = arguments[0]
+    if not Path(script).is_file() and not _is_module(script):
+        raise RegraftError(f"{script} is neither a script nor the name of a module")
+    argv, path = sys.argv, sys.path[:]
     with watching() as watch:
         try:
-            run()
+            sys.argv = arguments
+            _run(script)
         finally:
             sys.argv, sys.path[:] = argv, path
             reports = [report for report in watch.reports() if report.calls]
@@ -47,23 +50,26 @@ def inspect(arguments: list[str], picture: Path | None, put: Callable[[Any], Non
                 for table in show.coexecution(report):
                     put(table)
             if not reports:
-                put(f"{arguments[0]} co-executed nothing: wrap a function in regraft.coexecute")
+                put(f"{script} co-executed nothing: wrap a function in regraft.coexecute")
             elif picture is not None:
-                text = writers[picture.suffix](*(report.graph() for report in reports))
-                picture.write_text(text, encoding="utf-8")
+                picture.write_text(draw(*(report.graph() for report in reports)), encoding="utf-8")
                 put(f"{picture}: the paths of {', '.join(report.name for report in reports)}")
 
 
-def _runner(script: str) -> Callable[[], Any]:
-    if Path(script).is_file():
-        sys.path.insert(0, str(Path(script).resolve().parent))
-        return lambda: runpy.run_path(script, run_name="__main__")
+def _is_module(name: str) -> bool:
     sys.path.insert(0, "")
     try:
-        known = find_spec(script) is not None
+        return find_spec(name) is not None
     except (ImportError, ValueError):
-        known = False
-    if not known:
-        del sys.path[0]
-        raise RegraftError(f"{script} is neither a script nor the name of a module")
-    return lambda: runpy.run_module(script, run_name="__main__", alter_sys=True)
+        return False
+    finally:
+        sys.path.remove("")
+
+
+def _run(script: str) -> None:
+    if Path(script).is_file():
+        sys.path.insert(0, str(Path(script).resolve().parent))
+        runpy.run_path(script, run_name="__main__")
+    else:
+        sys.path.insert(0, "")
+        runpy.run_module(script, run_name="__main__", alter_sys=True)

@@ -55,7 +55,7 @@ class Coexecuted:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         engine = self._engine()
-        if engine is None or self._mode == EAGER:
+        if engine is None or self._mode == EAGER or extension().active():
             return self._function(*args, **kwargs)
         if inspect.isgeneratorfunction(self._function):
             return _generate(engine, self._overlap, self._function(*args, **kwargs))

@@ -87,7 +87,8 @@ class Report:
         Path(path).write_text(svg(self.graph()), encoding="utf-8")
 
     def graph(self) -> Start:
-        about = f"{self.mode}, {self.calls} call{'s' * (self.calls != 1)}, {self.symbolic:.0%} of the operators put off"
+        calls = f"{self.calls} call{'s' * (self.calls != 1)}"
+        about = f"{self.mode}, {calls}, {self.symbolic:.0%} of the operators put off"
         return Start(self.name, about, blocks(self.traces))
 
     def __str__(self) -> str:
