@@ -149,9 +149,12 @@ def inspect(
         raise RegraftError(f"{file} is no .onnx file: name a model folder with --model")
     passes = _passes(kv_bits)
     if diff:
+        steps = show.steps(passes, diff)
         loaded, _ = _load(model, tokenizer=False)
+        if isinstance(loaded, Path):
+            raise RegraftError(f"--diff needs a model folder, and {model} is a GGUF file")
         with _status(f"compiling {type(loaded).__name__}"):
-            text = show.difference(loaded, passes, diff, markdown)
+            text = show.difference(loaded, steps, markdown)
         return print(text or f"{diff} leaves the graph as it is")
     compiled, _ = _open(model, passes)
     if compiled.program is None:

@@ -57,23 +57,28 @@ def signature(program: Any) -> Table:
     return table
 
 
-def difference(model: Any, asked: list[Any], target: str, markdown: bool) -> str:
-    """What the pass of this name changes of a model; empty: nothing."""
-    from regraft import RegraftError
-    from regraft.frontends.huggingface import capture
-    from regraft.passes import DEFAULT, FINAL, Context, pass_named, run
+def steps(asked: list[Any], target: str) -> list[Any]:
+    """The passes up to the one of this name, which need not be among those asked for."""
+    from regraft.passes import DEFAULT, FINAL, pass_named
 
-    steps = [*DEFAULT, *asked, *FINAL]
-    names = [type(step).__name__ for step in steps]
-    index = names.index(target) if target in names else len(steps)
-    step = steps[index] if target in names else pass_named(target)
-    if isinstance(model, Path):
-        raise RegraftError(f"--diff needs a model folder, and {model} is a GGUF file")
+    found = [*DEFAULT, *asked, *FINAL]
+    names = [type(step).__name__ for step in found]
+    if target in names:
+        return found[: names.index(target) + 1]
+    return [*found, pass_named(target)]
+
+
+def difference(model: Any, steps: list[Any], markdown: bool) -> str:
+    """What the last of the passes changes of a model; empty: nothing."""
+    from regraft.frontends.huggingface import capture
+    from regraft.passes import Context, run
+
     program, context = capture(model), Context()
-    run(program, steps[:index], context)
+    run(program, steps[:-1], context)
     after = program.copy()
-    run(after, [step], context)
-    return program.diff_markdown(after, target) if markdown else program.diff(after)
+    run(after, steps[-1:], context)
+    name = type(steps[-1]).__name__
+    return program.diff_markdown(after, name) if markdown else program.diff(after)
 
 
 def onnx_tables(path: Path) -> list[Table]:

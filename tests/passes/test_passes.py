@@ -13,8 +13,8 @@ from regraft.passes import (
     registry,
     run,
 )
-from regraft.recipe import read_recipe, write_recipe
 from regraft.program import RegraftError
+from regraft.recipe import read_recipe, write_recipe
 
 
 @pytest.fixture

@@ -24,13 +24,12 @@ class Halting(nn.Module):
 
     def forward(self, x, *, threshold=0.9):
         state, sure = torch.zeros_like(x), 0.0
-        for turn in range(10):
+        for self.last in range(10):
             state = self.cell(x, state)
             sure += torch.sigmoid(self.halt(state)).mean().item()
             self.turns += 1
             if sure > threshold:
                 break
-        self.last = turn
         return state
 
 
