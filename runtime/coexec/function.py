@@ -18,7 +18,7 @@ from typing import Any
 from regraft.program.errors import RegraftError
 from regraft.runtime.coexec.build import extension
 from regraft.runtime.coexec.hooks import install, wrap_dynamo
-from regraft.runtime.coexec.report import Report, ended, made
+from regraft.runtime.coexec.report import Report, caller, ended, made
 
 WARM, MOST_WARM, TRIALS, WORTH, AGAIN = 2, 20, 5, 0.98, 256
 WARMING, TRYING, EAGER = "warming up", "on trial", "eager"
@@ -166,8 +166,7 @@ def coexecution(*, overlap: bool = True) -> Iterator[Callable[[], Report]]:
     ext = extension()
     engine = None if ext is None else new_engine(ext)
     mode = EAGER if engine is None else ASIDE if overlap else HERE
-    caller = sys._getframe(2)
-    report = Report(f"block at {caller.f_code.co_filename}:{caller.f_lineno}", mode, 1)
+    report = Report(f"block at {caller()}", mode, 1)
     if engine is None or not _enter(engine, False, overlap):
         yield lambda: report
         return
@@ -184,7 +183,7 @@ def coexecution(*, overlap: bool = True) -> Iterator[Callable[[], Report]]:
         _leave(engine, error)
         raise
     _leave(engine, None)
-    ended(now())
+    ended(now)
 
 
 def new_engine(ext: Any) -> Any:

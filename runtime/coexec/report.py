@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -151,7 +153,15 @@ def made(report: Callable[[], Report]) -> None:
         watch.function(report)
 
 
-def ended(report: Report) -> None:
-    """A co-executed block ended."""
+def ended(report: Callable[[], Report]) -> None:
+    """A co-executed block, which reports so, ended."""
     for watch in _watchers:
-        watch.block(report)
+        watch.block(report())
+
+
+def caller() -> str:
+    """file:line of the code that entered the context manager which asks."""
+    frame: Any = sys._getframe(2)
+    while frame.f_code.co_filename == contextlib.__file__:
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"

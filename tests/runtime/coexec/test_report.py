@@ -10,6 +10,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import regraft
+from regraft import show
 from regraft.benchmarks.programs import PROGRAMS
 from regraft.cli import app
 from regraft.program import RegraftError
@@ -109,6 +110,18 @@ def test_fields_of_compiled_segments_are_read_where_there_are_any():
     stats = {**vars(report), "reasons": {}, "segments": [(7, 3, 0.5, "compiled")], "compile_s": 0.5}
     report.add(stats, [])
     assert report.segments == [(7, 3, 0.5, "compiled")] and "compiled in 0.5 s" in str(report)
+    (*_, table) = show.coexecution(report)
+    assert [list(column.cells) for column in table.columns] == [
+        ["7 operators"], ["3"], ["0.50"], ["compiled"]
+    ]  # fmt: skip
+
+
+def test_functions_called_in_a_block_are_part_of_it(notices):
+    step = regraft.coexecute(lambda x: (x * 2).sum().item())
+    with regraft.coexecution() as report:
+        assert [step(torch.ones(3)) for _ in range(30)] == [6.0] * 30
+    assert report().deferred > 50 and step.report().calls == 0 and not notices
+    assert step(torch.ones(3)) == 6 and step.report().mode == "warming up"
 
 
 def test_stalls_are_those_of_the_side_that_is_slower():
@@ -137,7 +150,7 @@ def test_blocks_of_one_place_give_their_engine_back():
     def once():
         with regraft.coexecution() as report:
             (torch.ones(3) * 2).tolist()
-        assert report().name.endswith(f"{__file__}:{once.__code__.co_firstlineno + 1}")
+        assert report().name == f"block at {__file__}:{once.__code__.co_firstlineno + 1}"
         assert report().recorded
 
     once()
