@@ -18,6 +18,7 @@ from regraft.benchmarks.harness import Check, Result, environment, interleaved, 
 
 STRETCHES, PRODUCTS, WIDTH = 4, 64, 160
 EAGER, SERIAL, OVERLAPPED = "eager", "one thread", "two threads"
+REPLAY: dict[str, Any] = {"measure": False}
 SHARES = (0.5, 1.0, 2.0)  # Python's work, of the operators'
 
 
@@ -69,8 +70,8 @@ def _row(share: float, turns: int, rounds: int) -> dict[str, Any]:
 
     program = Mixed(turns)
     together = {
-        SERIAL: regraft.coexecute(program.step, measure=False, overlap=False),
-        OVERLAPPED: regraft.coexecute(program.step, measure=False, overlap=True),
+        SERIAL: regraft.coexecute(program.step, **REPLAY, overlap=False),
+        OVERLAPPED: regraft.coexecute(program.step, **REPLAY, overlap=True),
     }
     expected = program.step()
     differs = sum(step() != expected for step in together.values() for _ in range(5))

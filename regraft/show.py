@@ -9,6 +9,8 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+SHOWN = 12  # rows of fetches, fallbacks and segments: those that cost most
+
 
 def memory(tokens: int, kept: int, dense: int) -> str:
     """A line on the bytes that a cache keeps; dense: those of a token in float16."""
@@ -144,13 +146,14 @@ def coexecution(report: Any) -> list[Table]:
     for reason, operators in _most(report.fallbacks, int):
         fallbacks.add_row(escape(reason), f"{operators:,}")
     segments = Table("segment of", "launches", "seconds to compile", "state")
-    for length, launches, seconds, state in sorted(report.segments, key=lambda s: -s[0] * s[1]):
+    longest = sorted(report.segments, key=lambda segment: -segment[0] * segment[1])
+    for length, launches, seconds, state in longest[:SHOWN]:
         segments.add_row(f"{length} operators", f"{launches:,}", f"{seconds:.2f}", escape(state))
     return [facts, *(table for table in (fetches, fallbacks, segments) if table.row_count)]
 
 
-def _most(counts: dict[str, Any], cost: Callable[[Any], float], shown: int = 12) -> list[Any]:
-    return sorted(counts.items(), key=lambda item: -cost(item[1]))[:shown]
+def _most(counts: dict[str, Any], cost: Callable[[Any], float]) -> list[Any]:
+    return sorted(counts.items(), key=lambda item: -cost(item[1]))[:SHOWN]
 
 
 def _here(line: str) -> str:

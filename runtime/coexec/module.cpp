@@ -13,8 +13,8 @@ TORCH_LIBRARY_IMPL(_, TESTING_ONLY_GenericWrapper, m) {
 namespace regraft {
 
 // Engines are reused, never freed: placeholders may outlive the function they come from.
-static std::vector<Watched*>& engines() {
-  static auto& all = *new std::vector<Watched*>();
+static std::vector<Engine*>& engines() {
+  static auto& all = *new std::vector<Engine*>();
   return all;
 }
 
@@ -57,29 +57,29 @@ static void sync(const std::optional<at::Tensor>& tensor) {
     }
 }
 
-static bool enter(Watched& engine, bool anchored, bool overlap) {
+static bool enter(Engine& engine, bool anchored, bool overlap) {
   if (Engine::active()) return false;
   engine.anchored = anchored, engine.overlap = overlap;
   engine.restart_path();
-  engine.entered = now();
+  Watched::of(engine).entered = now();
   Engine::active() = &engine;
   include(true);
   return true;
 }
 
-static void leave(Watched& engine) {
+static void leave(Engine& engine) {
   include(false);
   struct Reset {
-    Watched& engine;
+    Engine& engine;
     ~Reset() {
       Engine::active() = nullptr, engine.restart_path();
-      engine.inside_ns += now() - engine.entered;
+      Watched::of(engine).inside_ns += now() - Watched::of(engine).entered;
     }
   } reset{engine};
   engine.flush();
 }
 
-static py::dict stats(const Watched& engine) {
+static py::dict stats(Engine& engine) {
   py::dict d;
   d["deferred"] = engine.deferred, d["recorded"] = engine.recorded;
   d["at_once"] = engine.at_once, d["backwards"] = engine.backwards;
@@ -87,7 +87,7 @@ static py::dict stats(const Watched& engine) {
   d["executed_here"] = engine.tape.executed_here.load();
   d["executed_aside"] = engine.tape.executed_aside.load();
   d["aside_s"] = engine.tape.aside_ns.load() * 1e-9;
-  d["graph_stall_s"] = engine.idle_ns() * 1e-9;
+  d["graph_stall_s"] = Watched::of(engine).idle_ns() * 1e-9;
   d["nodes"] = engine.graph->size(), d["reasons"] = engine.reasons;
   py::dict fetches;
   for (const auto& [line, fetch] : engine.fetches)
@@ -101,7 +101,7 @@ static py::dict stats(const Watched& engine) {
 
 // The nodes of the trace graph, parents first: number of the parent (-1: the beginning), operator,
 // visits, paths that ended there, the program's line where paths part, lines that waited there.
-static py::list trace(const Watched& engine) {
+static py::list trace(const Engine& engine) {
   py::list nodes;
   std::vector<std::pair<const TraceNode*, int64_t>> todo;
   auto children = [&](const TraceNode* node, int64_t number) {
@@ -125,12 +125,12 @@ static py::list trace(const Watched& engine) {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using namespace regraft;
-  py::class_<Watched, std::unique_ptr<Watched, py::nodelete>>(m, "Engine")
+  py::class_<Engine, std::unique_ptr<Engine, py::nodelete>>(m, "Engine")
       .def("enter", &enter)
-      .def("leave", [](Watched& e) { translated([&] { leave(e); }); })
+      .def("leave", [](Engine& e) { translated([&] { leave(e); }); })
       .def("stats", &stats)
       .def("trace", &trace)
-      .def("forget", [](Watched& e) { translated([&] { e.flush(), e.clear(); }); });
+      .def("forget", [](Engine& e) { translated([&] { e.flush(), Watched::of(e).clear(); }); });
   m.def("new_engine", [] {
     engines().push_back(new Watched());
     return engines().back();

@@ -22,6 +22,12 @@ struct Memo {
   std::vector<OutSpec> outs;  // flat
 };
 
+// For whoever looks at the graph.
+struct Remark {
+  std::string line;                      // of the program, where paths part before this node
+  std::map<std::string, int64_t> waits;  // Python waited after this node: line and count
+};
+
 struct GradSpec {
   int32_t leaf;
   bool fresh;  // .grad was None before
@@ -31,12 +37,6 @@ struct GradSpec {
 // What a backward pass did to the leaves, for one path and its roots.
 struct BackwardSpec {
   std::vector<GradSpec> grads;
-};
-
-// For whoever looks at the graph.
-struct Remark {
-  std::string line;                      // of the program, where paths part before this node
-  std::map<std::string, int64_t> waits;  // Python waited after this node: line and count
 };
 
 struct TraceNode {

@@ -8,9 +8,12 @@
 
 namespace regraft {
 
+// Every engine is one of these.
 struct Watched : Engine {
   int64_t entered = 0, inside_ns = 0;
   std::map<std::string, int64_t> waits;  // those noted on the graph so far
+
+  static Watched& of(Engine& engine) { return static_cast<Watched&>(engine); }
 
   // No operator ran meanwhile, at least: those that ran aside while Python waited count twice.
   int64_t idle_ns() const { return std::max<int64_t>(0, inside_ns - stall_ns - tape.aside_ns); }
@@ -24,7 +27,7 @@ struct Watched : Engine {
 // Does `work` and notes whether Python waited in it.
 template <typename F>
 static void watch(F&& work) {
-  auto* engine = static_cast<Watched*>(Engine::active());
+  auto* engine = Engine::active();
   const auto stalled = engine ? engine->stall_ns : 0;
   work();
   if (!engine) return;
@@ -33,7 +36,7 @@ static void watch(F&& work) {
     here.remarks().line = python_line();
   if (engine->stall_ns == stalled) return;
   for (const auto& [line, fetch] : engine->fetches)
-    if (auto& noted = engine->waits[line]; noted != fetch.count)
+    if (auto& noted = Watched::of(*engine).waits[line]; noted != fetch.count)
       here.remarks().waits[line] += fetch.count - noted, noted = fetch.count;
 }
 

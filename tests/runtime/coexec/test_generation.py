@@ -7,6 +7,7 @@ import regraft
 from tests.conftest import tiny
 
 NEW = 12
+REPLAY = {"measure": False}
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def test_a_block_generates_the_same_text_with_a_wait_a_token(llama, prompt, opti
 def test_beams_and_batches_padded_on_the_left(llama, batch):
     options = dict(max_new_tokens=NEW, do_sample=False, num_beams=3)
     expected = llama.generate(**batch, **options)
-    generate = regraft.coexecute(llama.generate, measure=False)
+    generate = regraft.coexecute(llama.generate, **REPLAY)
     for _ in range(3):
         assert torch.equal(generate(**batch, **options), expected)
     assert generate.report().symbolic > 0.6

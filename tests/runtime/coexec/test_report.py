@@ -17,12 +17,14 @@ from regraft.program import RegraftError
 from regraft.runtime.coexec.blocks import blocks
 from regraft.runtime.coexec.report import Report
 
+REPLAY = {"measure": False}
+
 
 def branching(calls=24, overlap=False):
     """Calls of two kinds, each with a loop until a value is large."""
     layer = nn.Linear(4, 4)
 
-    @regraft.coexecute(measure=False, overlap=overlap)
+    @regraft.coexecute(**REPLAY, overlap=overlap)
     @torch.no_grad()
     def step(call):
         x = layer(torch.ones(2, 4))
@@ -91,7 +93,7 @@ def test_graphviz_has_the_same_nodes(tmp_path):
 
 def test_programs_without_end_stay_small():
     program = PROGRAMS["TreeLSTM"]()
-    step = regraft.coexecute(program.step, measure=False)
+    step = regraft.coexecute(program.step, **REPLAY)
     for _ in range(60):
         step()
     dot = step.report().dot()
@@ -136,7 +138,7 @@ def test_stalls_are_those_of_the_side_that_is_slower():
     x = torch.ones(200, 200)
     reports = {}
     for function in (graph, python):
-        step = regraft.coexecute(function, measure=False, overlap=False)
+        step = regraft.coexecute(function, **REPLAY, overlap=False)
         for _ in range(4):
             step(x)
         reports[function] = step.report()
@@ -160,12 +162,13 @@ def test_blocks_of_one_place_give_their_engine_back():
     assert len(function._pool) == free > 0
 
 
-SCRIPT = """
+SCRIPT = f"""
+REPLAY = {REPLAY}
 '''A program with arguments.'''
 import sys, torch, regraft
 from helper import scale
 
-@regraft.coexecute(measure=False)
+@regraft.coexecute(**REPLAY)
 def step(x):
     return (x * scale).sum().item()
 
