@@ -205,7 +205,7 @@ def test_inspect_runs_a_script_and_shows_what_was_co_executed(script, tmp_path):
     assert result.exit_code == 0, result.output
     assert "__main__ ['--epochs', '5', 'data']" in result.stdout
     assert "step" in result.stdout and "co-executed on two threads, 5 calls" in result.stdout
-    assert "train.py:8" in result.stdout and "never" not in result.stdout
+    assert "train.py:9" in result.stdout and "never" not in result.stdout
     assert result.stdout.count("block at") == 2  # two blocks in one table, and the picture's line
     assert {"step", "start"} <= set(texts(picture.read_text()))
     assert (sys.argv, sys.path) == before
