@@ -136,7 +136,7 @@ def coexecution(report: Any) -> list[Table]:
     if report.eager_s is not None and report.coexecuted_s is not None:
         rows["a call"] = f"{report.eager_s * 1e3:.3f} ms eager, {report.coexecuted_s * 1e3:.3f} so"
     if report.segments:
-        rows["segments"] = f"{len(report.segments)}, compiled in {report.compile_s:.1f} s"
+        rows["segments"] = f"{report.compiled} in {report.compile_s:.1f} s"
     for name, text in rows.items():
         facts.add_row(name, escape(text))
     fetches = Table("Python waits at", "times", "seconds", "ms each")

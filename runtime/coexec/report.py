@@ -59,6 +59,11 @@ class Report:
         total = self.deferred + self.recorded + self.at_once
         return self.deferred / total if total else 0.0
 
+    @property
+    def compiled(self) -> str:
+        made = sum(state == "compiled" for *_, state in self.segments)
+        return f"{made} of {len(self.segments)} compiled"
+
     def add(self, stats: dict[str, Any], trace: list[Node]) -> None:
         """One thread's counts and graph."""
         for key in COUNTS:
@@ -104,7 +109,7 @@ class Report:
             f"Python waited {self.stall_s:.3f} s, the operators {self.graph_stall_s:.3f} s",
         ]
         if self.segments:
-            lines.append(f"segments: {len(self.segments)} compiled in {self.compile_s:.1f} s")
+            lines.append(f"segments: {self.compiled} in {self.compile_s:.1f} s")
         if self.eager_s is not None and self.coexecuted_s is not None:
             lines.append(
                 f"a call: {self.eager_s * 1e3:.3f} ms eager, {self.coexecuted_s * 1e3:.3f} ms so"

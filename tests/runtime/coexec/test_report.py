@@ -111,7 +111,9 @@ def test_fields_of_compiled_segments_are_read_where_there_are_any():
     assert report.segments == [] and report.compile_s == 0 and report.graph_stall_s > 0
     stats = {**vars(report), "reasons": {}, "segments": [(7, 3, 0.5, "compiled")], "compile_s": 0.5}
     report.add(stats, [])
-    assert report.segments == [(7, 3, 0.5, "compiled")] and "compiled in 0.5 s" in str(report)
+    assert report.segments == [(7, 3, 0.5, "compiled")] and "1 of 1 compiled in 0.5 s" in str(
+        report
+    )
     (*_, table) = show.coexecution(report)
     assert [list(column.cells) for column in table.columns] == [
         ["7 operators"], ["3"], ["0.50"], ["compiled"]
