@@ -13,6 +13,7 @@ SUITES = {
     "onnx-import": "regraft.benchmarks.onnx_import",
     "onnx-files": "regraft.benchmarks.onnx_files",
     "coexec": "regraft.benchmarks.coexec",
+    "coexec-overlap": "regraft.benchmarks.coexec_overlap",
     "prune": "regraft.benchmarks.prune",
     "prune-topics": "regraft.benchmarks.prune_topics",
     "prune-latency": "regraft.benchmarks.prune_latency",

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from regraft.frontends.huggingface import as_it_is, close, registered
 from regraft.frontends.module import arguments, capture_module
-from regraft.program import Program, RegraftError
+from regraft.program import InputError, Program
 
 BATCH, LENGTH = 2, 11
 TEXT = ("input_ids", "attention_mask", "token_type_ids")
@@ -69,7 +69,7 @@ def example_inputs(
     elif main == "input_features" and hasattr(config, "max_source_positions"):
         shape = (config.num_mel_bins, 2 * config.max_source_positions)
     if shape is None:
-        raise RegraftError(
+        raise InputError(
             f"{name} takes {main}: give example_inputs (a dict of its keyword inputs) and "
             "dynamic_shapes"
         )

@@ -19,7 +19,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 from regraft.kernels import ops  # noqa: F401  registers the regraft:: operators
-from regraft.program import Program, RegraftError, TensorSpec
+from regraft.program import InputError, Program, RegraftError, TensorSpec
 
 TORCH = str(Path(torch.__file__).parent)
 COEXEC = str(Path(__file__).resolve().parents[1] / "runtime" / "coexec")
@@ -54,7 +54,7 @@ def capture_module(
                 module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False
             )
     except Exception as error:
-        raise RegraftError(_explain(shown, error)) from error
+        raise _explained(shown, error) from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         for part, training in was_training.items():
@@ -172,7 +172,7 @@ def arguments(example_inputs: Any) -> tuple[tuple, dict[str, Any]]:
         return tuple(example_inputs), {}
     if torch.is_tensor(example_inputs):
         return (example_inputs,), {}
-    raise RegraftError(
+    raise InputError(
         f"example_inputs is a {type(example_inputs).__name__}: give a tuple of positional inputs "
         "or a dict of keyword inputs"
     )
@@ -317,8 +317,8 @@ def _silence() -> Iterator[None]:
         logging.disable(level)
 
 
-def _explain(module: nn.Module, error: BaseException) -> str:
-    kind = type(error).__name__
+def _explained(module: nn.Module, error: BaseException) -> RegraftError:
+    kind, found = type(error).__name__, RegraftError
     text = str(error)
     mend = "mend the module, or compile the part of it that does export"
     if kind.startswith("GuardOnDataDependent"):
@@ -328,15 +328,18 @@ def _explain(module: nn.Module, error: BaseException) -> str:
         lines = [line.strip(" -") for line in text.splitlines() if line.startswith("  -")]
         reason = (lines or ["a dimension"])[0].split(". If you")[0]
         mend = "make the code take any size, or leave that dimension out of dynamic_shapes"
+        found = InputError
     else:
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         reason = f"{kind}: {lines[0].split('For more info')[0].strip()}" if lines else kind
         if "missing a required" in text or "unexpected keyword" in text or "dynamic_shapes" in text:
             mend = "example_inputs and dynamic_shapes must fit forward's arguments"
-    return f"{type(module).__name__} cannot be exported at {_line(module, error)}: {reason}; {mend}"
+            found = InputError
+    name, line = type(module).__name__, failing_line(module, error)
+    return found(f"{name} cannot be exported at {line}: {reason}; {mend}")
 
 
-def _line(module: nn.Module, error: BaseException) -> str:
+def failing_line(module: nn.Module, error: BaseException) -> str:
     """file:line of the innermost frame that is the user's, else of the module's forward."""
     frames = traceback.extract_tb(error.__traceback__)[1:]
     own = [f for f in frames if not f.filename.startswith((TORCH, COEXEC, "<"))]

@@ -124,18 +124,23 @@ def generate(
     _generate(compiled, tokenizer, prompt, max_new_tokens)
 
 
-@app.command()
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def inspect(
+    context: typer.Context,
     file: str = typer.Argument("", metavar="[ONNX]", help="An .onnx file, as --model takes too."),
     model: str = MODEL,
     kv_bits: str = BITS,
     graph: bool = typer.Option(False, "--graph", help="Print the transformed graph."),
     diff: str = typer.Option("", "--diff", metavar="PASS", help="What this pass changed."),
     markdown: bool = typer.Option(False, "--markdown", help="--diff as Markdown."),
+    coexec: str = typer.Option("", metavar="SCRIPT", help="Run it and show its co-execution."),
+    picture: Path | None = typer.Option(None, help="--coexec as an .svg or .dot file."),
 ) -> None:
-    """Show what a model compiles to: signature, passes, cache."""
-    from regraft import RegraftError
+    """Show what a model compiles to, or how a script's co-execution ran."""
+    from regraft import RegraftError, script
 
+    if arguments := script.arguments(context, file, coexec):
+        return script.inspect(arguments, picture, out.print)
     if (file or model).endswith(".onnx"):
         for table in show.onnx_tables(Path(file or model)):
             out.print(table)
@@ -144,7 +149,12 @@ def inspect(
         raise RegraftError(f"{file} is no .onnx file: name a model folder with --model")
     passes = _passes(kv_bits)
     if diff:
-        text = _diff(model, passes, diff, markdown)
+        steps = show.steps(passes, diff)
+        loaded, _ = _load(model, tokenizer=False)
+        if isinstance(loaded, Path):
+            raise RegraftError(f"--diff needs a model folder, and {model} is a GGUF file")
+        with _status(f"compiling {type(loaded).__name__}"):
+            text = show.difference(loaded, steps, markdown)
         return print(text or f"{diff} leaves the graph as it is")
     compiled, _ = _open(model, passes)
     if compiled.program is None:
@@ -345,7 +355,9 @@ def _compile(
 ) -> Any:
     import regraft
 
-    return regraft.compile(model, passes, recipe=recipe, target=target, calibration=calibration)
+    return regraft.compile(
+        model, passes, recipe=recipe, target=target, calibration=calibration, fallback="error"
+    )
 
 
 def _generate(compiled: Any, tokenizer: Any, prompt: str, count: int) -> Any:
@@ -372,26 +384,6 @@ def _generate(compiled: Any, tokenizer: Any, prompt: str, count: int) -> Any:
     new = made.shape[1] - ids.shape[1]
     err.print(f"{new} tokens in {seconds:.1f} s, prompt included: {new / seconds:.1f} tokens/s")
     return cache
-
-
-def _diff(name: str, asked: list[Any], target: str, markdown: bool) -> str:
-    from regraft import RegraftError
-    from regraft.frontends.huggingface import capture
-    from regraft.passes import DEFAULT, FINAL, Context, pass_named, run
-
-    steps = [*DEFAULT, *asked, *FINAL]
-    names = [type(step).__name__ for step in steps]
-    index = names.index(target) if target in names else len(steps)
-    step = steps[index] if target in names else pass_named(target)
-    model, _ = _load(name, tokenizer=False)
-    if isinstance(model, Path):
-        raise RegraftError(f"--diff needs a model folder, and {name} is a GGUF file")
-    with _status(f"compiling {type(model).__name__}"):
-        program, context = capture(model), Context()
-        run(program, steps[:index], context)
-        after = program.copy()
-        run(after, [step], context)
-    return program.diff_markdown(after, target) if markdown else program.diff(after)
 
 
 if __name__ == "__main__":

@@ -14,10 +14,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import yaml
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from regraft.fallback import FALLBACKS, Uncaptured, capturing, coexecuted
 from regraft.passes import (
     DEFAULT,
     FINAL,
@@ -27,11 +27,11 @@ from regraft.passes import (
     FuseLinear,
     KeepPacked,
     Pass,
-    pass_named,
     run,
 )
 from regraft.program import Program, RegraftError, Report
 from regraft.program.folders import cache_dir
+from regraft.recipe import read_recipe
 from regraft.runtime.causal_lm import Compiled
 from regraft.runtime.module import CompiledModule
 from regraft.runtime.program_cache import fetch, fingerprint, store
@@ -112,6 +112,7 @@ def compile(
     target: str = "cpu",
     recipe: str | Path | None = None,
     dump_dir: str | Path | None = None,
+    fallback: str = "coexecute",
 ) -> Any:
     """Capture a model, run the passes, return it compiled.
 
@@ -125,8 +126,13 @@ def compile(
     file that lists passes. target "onnx" exports a language model and runs it by onnxruntime,
     "reference" runs it operator by operator. dump_dir gets the printed graph after each pass.
     The weights are the model's own tensors, fused projections excepted.
+    fallback: a torch module that cannot be one graph (control flow that depends on data, calls out
+    of torch) comes back as itself, its calls and generate under co-execution, with a notice of what
+    stopped capture; "error" raises that. Passes, other targets than "cpu" need the graph.
     """
     _check_target(model, target)
+    if fallback not in FALLBACKS:
+        raise RegraftError(f"unknown fallback {fallback!r}: {', '.join(FALLBACKS)}")
     asked = [*(read_recipe(recipe) if recipe is not None else ()), *passes]
     for item in asked:
         if not isinstance(item, Pass):
@@ -136,21 +142,29 @@ def compile(
             asked, () if calibration is None else calibration, target, dump_dir, stage
         )
         stage("capture")
-        if _is_gguf(model):
-            if example_inputs is not None or dynamic_shapes is not None:
-                raise RegraftError("example_inputs and dynamic_shapes: a language model needs none")
-            compiled = _compile_gguf(Path(model), pipeline)
-            return _in_onnxruntime(compiled, stage) if target == "onnx" else compiled
+        try:
+            return _compile(model, example_inputs, dynamic_shapes, pipeline)
+        except Uncaptured as error:
+            if fallback == "error" or target != "cpu":
+                raise
+            return coexecuted(model, asked, example_inputs, error)
+
+
+def _compile(model: Any, example_inputs: Any, dynamic_shapes: Any, pipeline: _Pipeline) -> Any:
+    if not _is_gguf(model):
         if _is_onnx(model):
             return _compile_onnx(model, example_inputs, dynamic_shapes, pipeline)
         if not _generates(model):
             return _compile_module(model, example_inputs, dynamic_shapes, pipeline)
-        if example_inputs is not None or dynamic_shapes is not None:
-            raise RegraftError("example_inputs and dynamic_shapes: a language model needs none")
-        if model.config.is_encoder_decoder:
-            return _compile_seq2seq(model, pipeline)
+    if example_inputs is not None or dynamic_shapes is not None:
+        raise RegraftError("example_inputs and dynamic_shapes: a language model needs none")
+    if _is_gguf(model):
+        compiled = _compile_gguf(Path(model), pipeline)
+    elif model.config.is_encoder_decoder:
+        return _compile_seq2seq(model, pipeline)
+    else:
         compiled = _compile_causal_lm(model, pipeline)
-        return _in_onnxruntime(compiled, stage) if target == "onnx" else compiled
+    return _in_onnxruntime(compiled, pipeline.stage) if pipeline.target == "onnx" else compiled
 
 
 def _in_onnxruntime(compiled: Compiled, stage: Callable[..., None]) -> Compiled:
@@ -264,7 +278,8 @@ def _compile_causal_lm(model: Any, pipeline: _Pipeline) -> Compiled:
     from regraft.frontends.huggingface import capture
 
     def make() -> tuple[Program, Report]:
-        program = capture(model)
+        with capturing():
+            program = capture(model)
         return program, pipeline.run(("", program, DEFAULT))
 
     with Workers(cache_dir() / "regions") as workers:
@@ -306,7 +321,8 @@ def _compile_seq2seq(model: Any, pipeline: _Pipeline) -> Any:
     from regraft.frontends.seq2seq import capture_seq2seq
     from regraft.runtime.seq2seq import CompiledSeq2Seq, generation_class
 
-    encoder, cross, step = capture_seq2seq(model)
+    with capturing():
+        encoder, cross, step = capture_seq2seq(model)
     report = pipeline.run(
         ("encoder", encoder, STATELESS), ("cross", cross, STATELESS), ("decoder", step, DEFAULT)
     )
@@ -327,7 +343,8 @@ def _compile_module(
     from regraft.runtime.encoder import CompiledEncoder
 
     if isinstance(model, PreTrainedModel):
-        program = capture_encoder(model, example_inputs, dynamic_shapes)
+        with capturing():
+            program = capture_encoder(model, example_inputs, dynamic_shapes)
     elif isinstance(model, torch.export.ExportedProgram):
         program = from_exported(model, dynamic_shapes)
     elif not isinstance(model, torch.nn.Module):
@@ -341,7 +358,8 @@ def _compile_module(
             "positional inputs or a dict of keyword inputs"
         )
     else:
-        program = capture_module(model, example_inputs, dynamic_shapes)
+        with capturing():
+            program = capture_module(model, example_inputs, dynamic_shapes)
     report = pipeline.run(("", program, STATELESS))
     compiled: CompiledModule
     if isinstance(model, PreTrainedModel):
@@ -371,29 +389,3 @@ def load(folder: str | Path) -> Any:
     from regraft.runtime.artefact import load
 
     return load(folder)
-
-
-def read_recipe(path: str | Path) -> list[Pass]:
-    """Passes of a YAML file: {version: 1, passes: [{KVQuant: {bits: 4}}, ...]}."""
-    try:
-        recipe = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RegraftError(f"recipe {path} cannot be read: {error}") from error
-    if not isinstance(recipe, dict) or recipe.get("version") != 1:
-        raise RegraftError(f"recipe {path} needs 'version: 1' and a list 'passes'")
-    if extra := set(recipe) - {"version", "passes"}:
-        raise RegraftError(f"recipe {path}: unknown key {sorted(extra)[0]!r}")
-    found = []
-    for item in recipe.get("passes") or []:
-        entry = {item: {}} if isinstance(item, str) else item
-        if not isinstance(entry, dict) or len(entry) != 1:
-            raise RegraftError(f"recipe {path}: {item!r} is not a pass with its settings")
-        ((name, settings),) = entry.items()
-        found.append(pass_named(name, settings))
-    return found
-
-
-def write_recipe(passes: Sequence[Pass], path: str | Path) -> None:
-    """The YAML that read_recipe reads back."""
-    entries = [{type(item).__name__: item.settings()} for item in passes]
-    Path(path).write_text(yaml.safe_dump({"version": 1, "passes": entries}, sort_keys=False))

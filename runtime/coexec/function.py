@@ -19,7 +19,7 @@ from regraft.program.errors import RegraftError
 from regraft.runtime.coexec.build import extension
 from regraft.runtime.coexec.compiled import Compiler
 from regraft.runtime.coexec.hooks import install, wrap_dynamo
-from regraft.runtime.coexec.report import Report
+from regraft.runtime.coexec.report import Report, caller, ended, made
 
 WARM, MOST_WARM, TRIALS, WORTH, AGAIN, SETTLED = 2, 20, 5, 0.98, 256, 24
 WARMING, COMPILING, TRYING, EAGER = "warming up", "compiling", "on trial", "eager"
@@ -63,10 +63,11 @@ class Coexecuted:
         self._threads = threading.local()
         self._engines: list[Any] = []
         weakref.finalize(self, _release, self._engines).atexit = False
+        made(self.report)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         engine = self._engine()
-        if engine is None or self._mode == EAGER:
+        if engine is None or self._mode == EAGER or extension().active():
             return self._function(*args, **kwargs)
         if inspect.isgeneratorfunction(self._function):
             return _generate(engine, self._overlap, self._function(*args, **kwargs))
@@ -91,7 +92,7 @@ class Coexecuted:
         """What ran how so far."""
         report = Report(_name(self._function), self._mode, self._calls)
         for engine in self._engines:
-            report.add(engine.stats())
+            report.add(engine.stats(), engine.trace())
         if all(self._times.values()):
             eager, *others = self._medians().values()
             report.eager_s, report.coexecuted_s = eager, min(others)
@@ -203,22 +204,24 @@ def coexecution(*, overlap: bool = True) -> Iterator[Callable[[], Report]]:
     ext = extension()
     engine = None if ext is None else new_engine(ext)
     mode = EAGER if engine is None else ASIDE if overlap else HERE
-    report = Report("block", mode, 1)
+    report = Report(f"block at {caller()}", mode, 1)
     if engine is None or not _enter(engine, False, overlap):
         yield lambda: report
         return
 
     def now() -> Report:
-        found = Report("block", mode, 1)
-        found.add(engine.stats())
+        found = Report(report.name, mode, 1)
+        found.add(engine.stats(), engine.trace())
         return found
 
+    weakref.finalize(now, _release, [engine]).atexit = False
     try:
         yield now
     except BaseException as error:
         _leave(engine, error)
         raise
     _leave(engine, None)
+    ended(now)
 
 
 def new_engine(ext: Any) -> Any:

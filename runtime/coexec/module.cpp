@@ -1,10 +1,10 @@
 // The Python module.
 #include <torch/library.h>
 
-#include "interceptor.h"
+#include "watch.h"
 
 TORCH_LIBRARY_IMPL(_, TESTING_ONLY_GenericMode, m) {
-  m.fallback(torch::CppFunction::makeFromBoxedFunction<&regraft::intercept>());
+  m.fallback(torch::CppFunction::makeFromBoxedFunction<&regraft::watched>());
 }
 TORCH_LIBRARY_IMPL(_, TESTING_ONLY_GenericWrapper, m) {
   m.fallback(torch::CppFunction::makeFromBoxedFunction<&regraft::materialise>());
@@ -47,7 +47,7 @@ static void sync(const std::optional<at::Tensor>& tensor) {
       return;
     }
   if (Engine::active()) {
-    if (!tensor || Engine::active()->depends(*tensor)) fetch(*Engine::active());
+    if (!tensor || Engine::active()->depends(*tensor)) watch([] { fetch(*Engine::active()); });
     if (tensor) Engine::active()->touch(*tensor);
     return;
   }
@@ -63,6 +63,7 @@ static bool enter(Engine& engine, bool anchored, bool overlap, const py::object&
   engine.anchored = anchored, engine.overlap = overlap && compiler.is_none();
   engine.compiler = compiler.is_none() ? nullptr : compiler.ptr();
   engine.restart_path();
+  Watched::of(engine).entered = now();
   Engine::active() = &engine;
   include(true);
   return true;
@@ -72,7 +73,10 @@ static void leave(Engine& engine) {
   include(false);
   struct Reset {
     Engine& engine;
-    ~Reset() { Engine::active() = nullptr, engine.restart_path(); }
+    ~Reset() {
+      Engine::active() = nullptr, engine.restart_path();
+      Watched::of(engine).inside_ns += now() - Watched::of(engine).entered;
+    }
   } reset{engine};
   engine.flush();
 }
@@ -101,6 +105,7 @@ static py::dict stats(Engine& engine) {
   d["executed_here"] = engine.tape.executed_here.load();
   d["executed_aside"] = engine.tape.executed_aside.load();
   d["aside_s"] = engine.tape.aside_ns.load() * 1e-9;
+  d["graph_stall_s"] = Watched::of(engine).idle_ns() * 1e-9;
   d["nodes"] = engine.graph->size(), d["reasons"] = engine.reasons;
   py::dict fetches;
   for (const auto& [line, fetch] : engine.fetches)
@@ -120,6 +125,28 @@ static py::dict stats(Engine& engine) {
   return d;
 }
 
+// The nodes of the trace graph, parents first: number of the parent (-1: the beginning), operator,
+// visits, paths that ended there, the program's line where paths part, lines that waited there.
+static py::list trace(const Engine& engine) {
+  py::list nodes;
+  std::vector<std::pair<const TraceNode*, int64_t>> todo;
+  auto children = [&](const TraceNode* node, int64_t number) {
+    for (auto child = node->children.rbegin(); child != node->children.rend(); ++child)
+      todo.emplace_back(child->get(), number);
+  };
+  children(engine.graph->root(), -1);
+  while (!todo.empty()) {
+    const auto [node, parent] = todo.back();
+    todo.pop_back();
+    children(node, nodes.size());
+    const static Remark none;
+    const auto& remark = node->remark ? *node->remark : none;
+    nodes.append(py::make_tuple(parent, node->memo ? node->memo->info->name : "backward",
+                                node->visits, node->ends, remark.line, remark.waits));
+  }
+  return nodes;
+}
+
 }  // namespace regraft
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -134,9 +161,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("enter", &enter)
       .def("leave", [](Engine& e) { translated([&] { leave(e); }); })
       .def("stats", &stats)
-      .def("forget", [](Engine& e) { translated([&] { e.flush(), e.clear(); }); });
+      .def("trace", &trace)
+      .def("forget", [](Engine& e) { translated([&] { e.flush(), Watched::of(e).clear(); }); });
   m.def("new_engine", [] {
-    engines().push_back(new Engine());
+    engines().push_back(new Watched());
     return engines().back();
   }, py::return_value_policy::reference);
   m.def("least", [](size_t operators) { return std::exchange(least, operators); });

@@ -1,6 +1,7 @@
 // Memoised operators and the graph of the paths that they were called along.
 #pragma once
 #include <algorithm>
+#include <map>
 
 #include "operators.h"
 
@@ -19,6 +20,12 @@ struct Memo {
   bool barrier = false;       // learned: cannot be put off
   std::vector<int> returns;   // a result each: -1 a tensor, else the length of a list
   std::vector<OutSpec> outs;  // flat
+};
+
+// For whoever looks at the graph.
+struct Remark {
+  std::string line;                      // of the program, where paths part before this node
+  std::map<std::string, int64_t> waits;  // Python waited after this node: line and count
 };
 
 struct GradSpec {
@@ -44,6 +51,12 @@ struct TraceNode {
   BackwardSpec backward;
   std::shared_ptr<Stretch> stretch;  // of operators put off together, ending here
   std::vector<std::unique_ptr<TraceNode>> children;
+  std::unique_ptr<Remark> remark;
+
+  Remark& remarks() {
+    if (!remark) remark = std::make_unique<Remark>();
+    return *remark;
+  }
 };
 
 // Traces merged by their common beginnings: a node is one operator, the tensors it was given by
@@ -53,6 +66,8 @@ class TraceGraph {
   static constexpr size_t LARGEST = 50000;
 
   TraceNode* root() { return &root_; }
+  const TraceNode* root() const { return &root_; }
+  TraceNode& here() { return *here_; }  // the node stepped to last
 
   // The node after `from`; null where the graph is full.
   TraceNode* step(TraceNode* from, const Memo* memo, const std::vector<int32_t>& wiring) {
@@ -69,7 +84,7 @@ class TraceGraph {
       next = made.get(), ++size_;
       from->children.push_back(std::move(made));
     }
-    from->last = next, ++next->visits;
+    from->last = here_ = next, ++next->visits;
     return next;
   }
 
@@ -98,7 +113,7 @@ class TraceGraph {
   }
 
  private:
-  TraceNode root_;
+  TraceNode root_, *here_ = &root_;
   size_t size_ = 0;
 };
 

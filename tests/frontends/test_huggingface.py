@@ -78,4 +78,4 @@ def test_capture_gives_the_model_back_as_it_was(llama):
 
 def test_a_model_without_a_cache_says_so():
     with pytest.raises(RegraftError, match="keeps no cache"):
-        regraft.compile(tiny("openai-gpt"))
+        regraft.compile(tiny("openai-gpt"), fallback="error")

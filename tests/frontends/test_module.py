@@ -94,7 +94,7 @@ def test_changed_buffers_are_refused():
             return x + self.count
 
     with pytest.raises(RegraftError, match="'count'"):
-        regraft.compile(Counter(), example_inputs=(torch.ones(2),))
+        regraft.compile(Counter(), example_inputs=(torch.ones(2),), fallback="error")
 
 
 X, Y = inputs(2, 4)
@@ -156,7 +156,10 @@ class Fixed(nn.Module):
 def test_what_cannot_be_exported_names_line_and_reason(kind, message, capfd):
     with pytest.raises(RegraftError, match=message) as caught:
         regraft.compile(
-            kind(), example_inputs=(torch.ones(2, 4),), dynamic_shapes=({0: Dim.DYNAMIC},)
+            kind(),
+            example_inputs=(torch.ones(2, 4),),
+            dynamic_shapes=({0: Dim.DYNAMIC},),
+            fallback="error",
         )
     assert "\n" not in str(caught.value)
     assert capfd.readouterr() == ("", "")

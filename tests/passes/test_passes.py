@@ -2,7 +2,6 @@ import pytest
 import torch
 
 import regraft
-from regraft.compiler import read_recipe, write_recipe
 from regraft.frontends.huggingface import capture
 from regraft.passes import (
     DEFAULT,
@@ -15,6 +14,7 @@ from regraft.passes import (
     run,
 )
 from regraft.program import RegraftError
+from regraft.recipe import read_recipe, write_recipe
 
 
 @pytest.fixture
