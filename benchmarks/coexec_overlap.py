@@ -18,7 +18,7 @@ from regraft.benchmarks.harness import Check, Result, environment, interleaved, 
 
 STRETCHES, PRODUCTS, WIDTH = 4, 64, 160
 EAGER, SERIAL, OVERLAPPED = "eager", "one thread", "two threads"
-REPLAY: dict[str, Any] = {"measure": False}
+REPLAY: dict[str, Any] = {"backend": "replay", "measure": False}
 SHARES = (0.5, 1.0, 2.0)  # Python's work, of the operators'
 
 

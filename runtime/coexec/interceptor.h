@@ -267,7 +267,7 @@ static void intercept(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack*
     fetch(engine);
     ++engine.reasons[info.name + ", whose result depends on data"];
     engine.encode(info, args, count, grad);
-    return barrier(engine, op, stack, memo);
+    return barrier(engine, op, stack, engine.memo());  // the wait may have dropped what was learned
   }
   if (!copy_foreign(engine, info, *memo, stack)) {
     engine.flush();

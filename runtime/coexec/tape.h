@@ -1,6 +1,7 @@
 // Operators put off by the Python side, run in order by whoever is free.
 #pragma once
 #include <ATen/Functions.h>
+#include <ATen/Parallel.h>
 #include <ATen/SavedTensorHooks.h>
 #include <ATen/core/stack.h>
 #include <c10/core/AutogradState.h>
@@ -172,6 +173,7 @@ class Tape {
   }
 
   void work() {
+    at::init_num_threads();  // OpenMP's number of threads is each thread's own
     for (;;) {
       {
         std::unique_lock<std::mutex> guard(wake_mutex_);

@@ -7,7 +7,7 @@ import regraft
 from tests.conftest import tiny
 
 NEW = 12
-REPLAY = {"measure": False}
+REPLAY = {"backend": "replay", "measure": False}
 
 
 @pytest.fixture(scope="module")

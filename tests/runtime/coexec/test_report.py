@@ -17,7 +17,7 @@ from regraft.program import RegraftError
 from regraft.runtime.coexec.blocks import blocks
 from regraft.runtime.coexec.report import Report
 
-REPLAY = {"measure": False}
+REPLAY = {"backend": "replay", "measure": False}
 
 
 def branching(calls=24, overlap=False):
