@@ -88,6 +88,11 @@ class Coexecuted:
     def __reduce__(self) -> str:
         return self.__qualname__
 
+    @property
+    def settled(self) -> bool:
+        """Whether how calls run is decided, until it is looked at again."""
+        return self._mode not in (WARMING, COMPILING, TRYING)
+
     def report(self) -> Report:
         """What ran how so far."""
         report = Report(_name(self._function), self._mode, self._calls)
