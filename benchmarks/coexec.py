@@ -8,6 +8,7 @@ second process with that cache.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import statistics
@@ -16,6 +17,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,36 +42,41 @@ def run(quick: bool) -> Result:
     rivals = [REGRAFT, MODULE] if quick else [REGRAFT, AGAIN, MODULE, STEP]
     if device == "cuda" and not quick:
         rivals = [REGRAFT, *GRAPHS.values(), *GRAPHS]
-    rows: list[dict[str, Any]] = []
-    with progress("coexec", len(names) * len(rivals)) as stage:
-        for name in names:
-            with tempfile.TemporaryDirectory() as cache:
-                for rival in rivals:
-                    stage(f"{name}, {rival}")
-                    shared = rival in (REGRAFT, AGAIN)
-                    rows.append(_fresh(name, rival, device, cache if shared else None))
+    jobs = [(rival, name) for rival in rivals for name in names]
+    width = (os.cpu_count() or 1) // 2 if device == "cuda" else 1  # one at a time measures
+    with tempfile.TemporaryDirectory() as folder, progress("coexec", len(jobs)) as stage:
+
+        def job(one: tuple[str, str]) -> dict[str, Any]:
+            rival, name = one
+            row = _fresh(name, rival, device, Path(folder))
+            stage(f"{name}, {rival}")
+            return row
+
+        with ThreadPoolExecutor(max(1, width)) as pool:
+            rows = list(pool.map(job, jobs))
+    rows.sort(key=lambda row: names.index(row["model"]))
     command = f"regraft bench coexec{' --quick' if quick else ''}"
     return Result(command, environment(), rows, _checks(rows, device), chart="ratio")
 
 
-def _fresh(name: str, rival: str, device: str, cache: str | None) -> dict[str, Any]:
+def _fresh(name: str, rival: str, device: str, folder: Path) -> dict[str, Any]:
     """The row of one program and contender, from a process of its own."""
-    command = [sys.executable, "-m", "regraft.benchmarks.coexec", name, rival, device]
-    with tempfile.TemporaryDirectory() as own:
-        folder = {"TORCHINDUCTOR_CACHE_DIR": cache or own, "TRITON_CACHE_DIR": cache or own}
-        try:
-            result = subprocess.run(
-                command, capture_output=True, text=True, timeout=SECONDS, env=os.environ | folder
-            )
-        except subprocess.TimeoutExpired:
-            return _row(name, f"{rival}: not within {SECONDS} s")
+    command = [sys.executable, "-m", "regraft.benchmarks.coexec", name, rival, device, str(folder)]
+    cache = str(folder / f"{name} {REGRAFT if rival == AGAIN else rival}")
+    own = {"TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": cache}
+    try:
+        result = subprocess.run(
+            command, capture_output=True, text=True, timeout=SECONDS, env=os.environ | own
+        )
+    except subprocess.TimeoutExpired:
+        return _row(name, f"{rival}: not within {SECONDS} s")
     if result.returncode:
         reason = (result.stderr.strip().splitlines() or ["?"])[-1][:160]
         return _row(name, f"{rival}: {reason}")
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def measure(name: str, rival: str, device: str) -> dict[str, Any]:
+def measure(name: str, rival: str, device: str, folder: str) -> dict[str, Any]:
     """Steps a second, the ratio to eager and what warming up took, of a process that did nothing
     before."""
     eager, step = _contender(EAGER, name, device), _contender(rival, name, device)
@@ -79,7 +87,9 @@ def measure(name: str, rival: str, device: str) -> dict[str, Any]:
     count = _settle(step)
     settled = time.perf_counter() - start
     steps: dict[str, Callable[[], Any]] = {EAGER: eager, rival: step}
-    times = {key: statistics.median(t) for key, t in interleaved(steps, ROUNDS).items()}
+    with open(Path(folder, "lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        times = {key: statistics.median(t) for key, t in interleaved(steps, ROUNDS).items()}
     row = _row(name, rival) | {
         "eager steps/s": 1 / times[EAGER],
         "steps/s": 1 / times[rival],
@@ -170,4 +180,4 @@ def _checks(rows: list[dict[str, Any]], device: str) -> list[Check]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(*sys.argv[1:4])))
+    print(json.dumps(measure(*sys.argv[1:5])))

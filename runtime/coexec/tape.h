@@ -57,7 +57,8 @@ class Plain {
 
  public:
   Plain() {
-    c10::AutogradState::set_tls_state({true, false, true, true});
+    // without threads of its own: what a backward pass calls is to find this one at work
+    c10::AutogradState::set_tls_state({true, false, true, false});
     at::SavedTensorDefaultHooks::set_tls_state({});
   }
   ~Plain() {

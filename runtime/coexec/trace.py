@@ -146,7 +146,7 @@ def _differentiate(call: Gradients, values: dict[int, Tensor]) -> None:
     def all_of(refs: tuple[Ref, ...]) -> list[Tensor]:
         return [values[ref.number] for ref in refs]
 
-    with torch.enable_grad():
+    with torch.enable_grad(), torch.autograd.set_multithreading_enabled(False):
         grads = torch.autograd.grad(
             all_of(call.roots), all_of(call.leaves), all_of(call.seeds), retain_graph=True
         )
