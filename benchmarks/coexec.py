@@ -1,9 +1,9 @@
 """Imperative programs under co-execution, beside eager and torch.compile of module and whole step.
 
 Each contender runs in a process of its own beside eager, one step each a round; medians. A ratio is
-to the eager of the same process. Settled is when nothing more is compiled, from the first step on, with
-the compiler's cache empty; warm-up is that time beyond as many eager steps; "regraft, again" is a
-second process with that cache.
+to the eager of the same process. Settled is when nothing more is compiled, from the first step on,
+with the compiler's cache empty; warm-up is that time beyond as many eager steps; "regraft, again"
+is a second process with that cache.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ EAGER, MODULE, STEP = "eager", "compile module", "compile step"
 REGRAFT, AGAIN, REPLAY = "regraft", "regraft, again", "regraft replay"
 GRAPHS = {f"{which}, reduce-overhead": which for which in (MODULE, STEP)}
 WARM, ROUNDS, SETTLING = 30, 60, 240.0
-COLUMNS = ("eager steps/s", "steps/s", "ratio", "warm-up s", "settled s", "graphs", "breaks", "recompiles",
-           "mode", "symbolic")  # fmt: skip
+COLUMNS = ("eager steps/s", "steps/s", "ratio", "warm-up s", "settled s", "graphs", "breaks",
+           "recompiles", "mode", "symbolic")  # fmt: skip
 QUICK = ("BERT-CLS", "DCGAN", "Adam + schedule")
 SECONDS = 900
 

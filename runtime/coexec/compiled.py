@@ -136,7 +136,12 @@ def compile_function(
     graph.graph.eliminate_dead_code()
     graph.recompile()
     function: Any = graph if backend == "aten" else _inductor(graph, given, traced.differentiable)
-    return lambda tensors: function(*tensors)
+
+    def call(tensors: list[Tensor]) -> Sequence[Tensor]:
+        with quietly():
+            return function(*tensors)
+
+    return call
 
 
 def _inductor(graph: torch.fx.GraphModule, given: Sequence[Tensor], differentiable: bool) -> Any:

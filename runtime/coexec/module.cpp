@@ -168,7 +168,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     return engines().back();
   }, py::return_value_policy::reference);
   m.def("least", [](size_t operators) { return std::exchange(least, operators); });
-  m.def("active", [] { return Engine::active() && !Engine::active()->paused; });
+  // What a compiled function does is none of the program's.
+  m.def("active", [] {
+    return Engine::active() && !Engine::active()->paused && !Tape::running_here();
+  });
   m.def("pause", [](bool on) { if (Engine::active()) Engine::active()->paused = on; });
   m.def("sync", [](const std::optional<at::Tensor>& t) { translated([&] { sync(t); }); },
         py::arg("tensor") = py::none());

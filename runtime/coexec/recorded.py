@@ -35,17 +35,17 @@ class Recorded:
         self._moves: set[int] = set()
 
     def __call__(self, tensors: list[Tensor]) -> Sequence[Tensor]:
+        if self._tries > self.TRIES:
+            return self._function(tensors)
+        places = [_address(x) for x in tensors]
+        if self._graph is not None:
+            if self._fits(places):
+                return self._replay(tensors)
+            self._forget()
+        self._watch(places)
+        if self._calls <= self.WATCHED or self._moves & self._writes:
+            return self._function(tensors)
         with quietly():
-            if self._tries > self.TRIES:
-                return self._function(tensors)
-            places = [_address(x) for x in tensors]
-            if self._graph is not None:
-                if self._fits(places):
-                    return self._replay(tensors)
-                self._forget()
-            self._watch(places)
-            if self._calls <= self.WATCHED or self._moves & self._writes:
-                return self._function(tensors)
             return self._record(tensors)
 
     def _fits(self, places: list[int]) -> bool:

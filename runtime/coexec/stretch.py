@@ -256,7 +256,7 @@ def _find_inputs(found: Plan, made: dict[int, Result], first: set[int]) -> None:
                 if maker not in first:
                     continue
                 place = (maker, -1 - result)
-            elif not entry.backward and _is_number(found, e, entry, x):
+            elif not entry.backward and not any(arg is x for arg in _flat(entry.args)):  # a number
                 continue
             known.add(id(x))
             found.inputs.append(place)
@@ -274,10 +274,6 @@ def _viewed(x: Tensor, entries: list[Entry], made: dict[int, Result], first: set
             break
         x = base
     return id(x)
-
-
-def _is_number(found: Plan, e: int, entry: Entry, x: Tensor) -> bool:
-    return any(arg is x and (e, a, -1) in found.numbers for a, arg in enumerate(entry.args))
 
 
 def _check_sharing(found: Plan, made: dict[int, Result]) -> None:
