@@ -19,6 +19,7 @@ from regraft.program import Program, RegraftError
 from regraft.program.program import source_of
 
 LENGTH, PIECES, ROUNDS = 512, 16, 2
+Q_NORM = (2, 4)  # bits whose codes are read with the spread of the data
 """Tokens of a piece of text, the most pieces that are used, how often ranges are fitted anew."""
 KINDS = ("key", "value")
 """Where cached_attention has them: arguments 1 and 2."""
