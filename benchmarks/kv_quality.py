@@ -23,9 +23,9 @@ from regraft.passes import DEFAULT, Context, KVQuant
 from regraft.passes import run as run_passes
 from regraft.passes.budget import Option, cheapest, shares, token_bits
 from regraft.passes.calibrate import (
-    Q_NORM,
     KINDS,
     PIECES,
+    Q_NORM,
     Fit,
     Samples,
     collect,
