@@ -89,7 +89,7 @@ def export(
     model: str = typer.Argument(..., help="A model folder, or smollm2."),
     folder: Path = typer.Argument(..., metavar="OUT", help="The folder to write."),
     kv_bits: str = BITS,
-    opset: int = typer.Option(20, "--opset", help="ONNX opset, 18 to 24."),
+    opset: int = typer.Option(21, "--opset", help="ONNX opset, 18 to 24."),
     functions: bool = typer.Option(True, help="Operators as functions."),
     contrib: bool = typer.Option(False, "--contrib", help="Use onnxruntime's fused operators."),
     force: bool = typer.Option(False, "--force", help="Replace OUT if it exists."),

@@ -104,7 +104,7 @@ class Compiled(GenerationMixin):
         self,
         folder: str | Path,
         *,
-        opset: int = 20,
+        opset: int = 21,
         functions: bool = True,
         contrib: bool = False,
         tokenizer: Any = None,

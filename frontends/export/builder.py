@@ -329,6 +329,8 @@ class Weights:
         self._taken: set[str] = set()
         self._made: dict[str, ir.Value] = {}
         self._kept: list[torch.Tensor] = []
+        self.parts: dict[int, dict[str, ir.Value]] = {}
+        """What packed weights became, by where they lie."""
 
     def value(self, target: str, tensor: torch.Tensor) -> ir.Value:
         if id(tensor) not in self.values:
@@ -343,6 +345,16 @@ class Weights:
                 name=name, shape=ir.Shape(tensor.shape), type=kind, const_value=held
             )
         return self.values[id(tensor)]
+
+    def lazy(
+        self, name: str, shape: tuple[int, ...], dtype: ir.DataType, make: Callable[[], Any]
+    ) -> ir.Value:
+        """A tensor whose array is made when it is written."""
+        sizes = ir.Shape(shape)
+        held = ir.LazyTensor(lambda: ir.Tensor(make(), name=name), dtype, sizes, name=name)
+        made = ir.Value(name=name, shape=sizes, type=ir.TensorType(dtype), const_value=held)
+        self.values[id(held)] = made
+        return made
 
     def made(self, name: str, tensor: torch.Tensor) -> ir.Value:
         """A tensor made for this name: the first of those that are made for it."""

@@ -22,7 +22,7 @@ def export_module(
     compiled: Any,
     folder: str | Path,
     *,
-    opset: int = 20,
+    opset: int = 21,
     functions: bool = True,
     tokenizer: Any = None,
     force: bool = False,
@@ -39,7 +39,7 @@ def export_module(
 
 
 def module_to_onnx(
-    program: Program, report: Report, opset: int = 20, functions: bool = True
+    program: Program, report: Report, opset: int = 21, functions: bool = True
 ) -> ir.Model:
     """The program as a model, inputs and outputs by name."""
     from regraft import __version__
@@ -66,7 +66,7 @@ def _check(path: Path, program: Program) -> dict[str, float]:
 
     if not program.examples:
         raise RegraftError("the program keeps no example inputs to check an export with")
-    session = OnnxSession.open(path)
+    session = OnnxSession.open(path, exact=True)
     cases = {"examples": list(program.examples)}
     if any(isinstance(size, str) for spec in program.inputs for size in spec.shape):
         cases["other sizes"] = _resized(program)
