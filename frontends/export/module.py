@@ -15,6 +15,7 @@ from regraft.frontends.export.builder import Builder
 from regraft.frontends.export.check import LIMITS
 from regraft.frontends.export.convert import convert
 from regraft.frontends.export.files import MODEL, Exported, checked_target, written
+from regraft.kernels.linear.packed import unrounded
 from regraft.program import Program, RegraftError, Report
 
 
@@ -72,7 +73,8 @@ def _check(path: Path, program: Program) -> dict[str, float]:
         cases["other sizes"] = _resized(program)
     errors = {}
     for name, inputs in cases.items():
-        wanted, found = program(*inputs), session.run([x.cpu() for x in inputs])
+        with unrounded():
+            wanted, found = program(*inputs), session.run([x.cpu() for x in inputs])
         worst = 0.0
         for want, got in zip(wanted, found, strict=True):
             error = _difference(want.cpu(), got)

@@ -118,9 +118,7 @@ def _finished(
 ) -> Any:
     """Add what zeros and the bias give, in x's dtype."""
     if format.zero:
-        groups = int(scale.shape[0])
-        whole = [0] * (len(x.shape) - 1)
-        grouped = b.reshape(b.to(x, FLOAT), [*whole, groups, format.group])
+        grouped = b.reshape(b.to(x, FLOAT), [0] * (len(x.shape) - 1) + [-1, format.group])
         sums = b.op("ReduceSum", grouped, b.constant([-1]), keepdims=0)
         out = b.op("Add", out, b.op("MatMul", sums, _offset(b, parts, format, scale)))
     if bias is not None:
@@ -176,12 +174,10 @@ def _offset(b: Any, parts: dict[str, Any], format: Format, scale: Any) -> Any:
 
 def _shared(b: Any, part: Any, unit: Any, format: Format) -> Any:
     """part [groups, rows] times the units [columns / SUPER, rows] of several groups each."""
-    share, groups = SUPER // format.group, int(part.shape[0])
-    apart = b.op("Reshape", part, b.constant([groups // share, share, -1]))
+    rows = b.size(part, 1)
+    apart = b.reshape(part, [-1, SUPER // format.group, rows])
     product = b.op("Mul", apart, b.unsqueeze(b.cast(unit, FLOAT), 1))
-    made = b.op("Reshape", product, b.constant([groups, -1]))
-    made.shape = part.shape
-    return made
+    return b.reshape(product, [-1, rows])
 
 
 def _each_block(b: Any, scale: Any, format: Format, columns: int, rows: int) -> Any:
