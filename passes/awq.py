@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from regraft.kernels.linear.formats import Format
 from regraft.kernels.linear.rounding import rounded
 from regraft.passes.base import Context, is_call
-from regraft.passes.calibrate import PIECES, pieces
+from regraft.passes.calibrate import PIECES, pieces, vocabulary
 from regraft.passes.recorder import record
 from regraft.program import Program, RegraftError
 from regraft.program.program import source_of
@@ -25,6 +25,7 @@ DECODER = {"ids", "mask", "positions", "cache"}
 aten = torch.ops.aten
 _NORMS = {aten.layer_norm.default: (2, 3), aten.rms_norm.default: (2,)}
 """Where a normalisation has its factors and what is added to them."""
+_SPLITS = (aten.split_with_sizes.default, aten.split.Tensor, aten.chunk.default)
 _SAME = (
     aten.index.Tensor, aten.type_as.default, aten._to_copy.default, aten.to.dtype,
     aten.contiguous.default, aten.clone.default, aten.view.default, aten.reshape.default,
@@ -79,6 +80,7 @@ def smooth(
         raise RegraftError('WeightQuant(method="awq") is for decoders: others take "rtn"')
     if not context.calibration:
         raise RegraftError('WeightQuant(method="awq") needs calibration=: batches of token ids')
+    batches = pieces(context.calibration, vocabulary(program))
     scales, sites = Scales(), []
     for group in _groups(program, linears):
         site = _site(program, group, linears)
@@ -88,7 +90,7 @@ def smooth(
         else:
             sites.append(site)
     kept: dict[Any, Tensor] = context.notes.setdefault("awq", {})
-    seen = _recorded(program, sites, pieces(context.calibration, None), context)
+    seen = _recorded(program, sites, batches, context)
     for index, (site, (size, x)) in enumerate(zip(sites, seen, strict=True)):
         context.tell(f"scales {index + 1} of {len(sites)}")
         weights = [_weight(program, node) for node in site.linears]
@@ -145,7 +147,7 @@ def _site(
             return _Site(group, source, (place,))
     for factor in source.args:
         linear, start = _made_by(factor)
-        if linear in linears and linear not in group and len(linear.args) < 3:
+        if is_call(linear, aten.linear.default) and linear in linears and linear not in group and len(linear.args) < 3:
             alone = [_weight(program, node) is _weight(program, linear) for node in linears]
             if sum(alone) == 1:
                 return _Site(group, source, before=linear, start=start)
@@ -174,17 +176,23 @@ def _constant(program: Program, node: fx.Node) -> Tensor | None:
 
 
 def _made_by(node: Any) -> tuple[Any, int]:
-    """The linear layer whose output a node is that nothing else reads, and the first row."""
+    """The linear layer whose outputs a node is, and the first of them; None where others read it."""
     if not isinstance(node, fx.Node) or len(node.users) > 1:
         return None, 0
     if is_call(node, aten.linear.default):
         return node, 0
     split: Any = node.args[0] if node.target is getitem else None
-    if not is_call(split, aten.split_with_sizes.default) or len(split.args[0].users) > 1:
+    if split is None or split.target not in _SPLITS or len(split.args[0].users) > 1:
         return None, 0
-    if len(split.args) < 3 or split.args[2] not in (-1, split.args[0].meta["val"].dim() - 1):
+    whole, index = split.args[0], int(node.args[1])  # type: ignore[arg-type]
+    if len(split.args) < 3 or split.args[2] not in (-1, whole.meta["val"].dim() - 1):
         return None, 0
-    return split.args[0], sum(split.args[1][: int(node.args[1])])
+    if is_call(split, aten.split_with_sizes.default):
+        return whole, sum(split.args[1][:index])
+    size = split.args[1]
+    if is_call(split, aten.chunk.default):
+        size = -(-int(whole.meta["val"].shape[-1]) // size)
+    return whole, index * size
 
 
 def _recorded(
