@@ -124,15 +124,13 @@ def _source(x: Any) -> fx.Node:
     return x
 
 
-def _same_channels(node: fx.Node) -> bool:
+def _same_channels(node: Any) -> bool:
     if is_call(node, aten.index.Tensor) and len(node.args[1]) >= node.meta["val"].dim():
         return False
     return node.args[0].meta["val"].shape[-1] == node.meta["val"].shape[-1]
 
 
-def _site(
-    program: Program, group: list[fx.Node], linears: Sequence[fx.Node]
-) -> _Site | None:
+def _site(program: Program, group: list[fx.Node], linears: Sequence[fx.Node]) -> _Site | None:
     source = _source(group[0].args[0])
     if not _read_by(source, set(group)) or source.op != "call_function":
         return None
@@ -147,7 +145,12 @@ def _site(
             return _Site(group, source, (place,))
     for factor in source.args:
         linear, start = _made_by(factor)
-        if is_call(linear, aten.linear.default) and linear in linears and linear not in group and len(linear.args) < 3:
+        if (
+            is_call(linear, aten.linear.default)
+            and linear in linears
+            and linear not in group
+            and len(linear.args) < 3
+        ):
             alone = [_weight(program, node) is _weight(program, linear) for node in linears]
             if sum(alone) == 1:
                 return _Site(group, source, before=linear, start=start)
@@ -164,7 +167,7 @@ def _read_by(node: fx.Node, linears: set[fx.Node]) -> bool:
     )  # fmt: skip
 
 
-def _constant(program: Program, node: fx.Node) -> Tensor | None:
+def _constant(program: Program, node: Any) -> Tensor | None:
     """The value [channels] of a node made of weights alone."""
     if node.op == "get_attr":
         value = getattr(program.graph_module, str(node.target)).detach()

@@ -21,7 +21,7 @@ def uneven():
     """A model some of whose channels are large, and seldom the weights that read them."""
     model = tiny("llama")
     with torch.no_grad():
-        for name, weight in model.named_parameters():
+        for weight in model.parameters():
             if weight.dim() == 1:
                 weight[::9] *= 20
     return model
