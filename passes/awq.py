@@ -18,7 +18,7 @@ from regraft.passes.recorder import record
 from regraft.program import Program, RegraftError
 from regraft.program.program import source_of
 
-STEPS, TOKENS, ROWS = 20, 1024, 1024
+STEPS, TOKENS, ROWS = 20, 512, 512
 """Exponents that are tried; tokens and output channels that errors are measured on."""
 DECODER = {"ids", "mask", "positions", "cache"}
 
@@ -50,9 +50,10 @@ def smooth(
     weights are still to be multiplied.
 
     For each input channel s = mean |x|^a, a of STEPS in [0, 1) with the least squared error of the
-    outputs on calibration; layers of one input share s. The quotient goes into the norm, into the
-    linear layer whose product with something else they read, or into that of attention's values.
-    Source: AWQ (arXiv 2306.00978), without its search for clipping.
+    outputs on calibration; layers of one input share s. The quotient goes into the norm before, or
+    into the linear layer whose product with something else they read. Source: AWQ
+    (arXiv 2306.00978), without its search for clipping and its scales between the values and the
+    output of attention, which gained nothing where heads share values.
     """
     roles = {spec.role for spec in program.inputs}
     if not roles <= DECODER:
@@ -67,7 +68,7 @@ def smooth(
     for index, (site, (size, x)) in enumerate(zip(sites, seen, strict=True)):
         context.tell(f"scales {index + 1} of {len(sites)}")
         weights = [weight_of(program, node) for node in site.linears]
-        found, error = _search(x, site.shared(size), weights, format)
+        found, error = _search(x, size, weights, format)
         found = kept.setdefault(tuple(map(id, weights)), found)
         scales.errors.append(error)
         scales.columns |= dict.fromkeys(site.linears, found)

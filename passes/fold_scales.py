@@ -13,39 +13,26 @@ from torch import Tensor, fx, nn
 from regraft.passes.base import is_call
 from regraft.program import Program
 
-aten, regraft = torch.ops.aten, torch.ops.regraft
+aten = torch.ops.aten
 _NORMS = {aten.layer_norm.default: (2, 3), aten.rms_norm.default: (2,)}
 """Where a normalisation has its factors and what is added to them."""
 _SPLITS = (aten.split_with_sizes.default, aten.split.Tensor, aten.chunk.default)
-_COPIES = (aten.contiguous.default, aten.clone.default)
-_RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 _SAME = (
     aten.index.Tensor, aten.type_as.default, aten._to_copy.default, aten.to.dtype,
-    *_COPIES, *_RESHAPES,
+    aten.contiguous.default, aten.clone.default, aten.view.default, aten.reshape.default,
 )  # fmt: skip
-_ATTENTION = (regraft.cached_attention.default, regraft.attention.default)
 
 
 @dataclass(frozen=True, eq=False)
 class Site:
     """Layers that read one tensor, and what comes before it: ``source``, and which of its arguments
-    are factors, or a linear layer ``before`` and the first of its rows. heads: (of queries, of
-    values, channels of one) where attention lies between."""
+    are factors, or a linear layer ``before`` and the first of its rows."""
 
     linears: list[fx.Node]
     source: fx.Node
     places: tuple[int, ...] = ()
     before: fx.Node | None = None
     start: int = 0
-    heads: tuple[int, int, int] | None = None
-
-    def shared(self, size: Tensor) -> Tensor:
-        """size [channels], the same for the channels that come from one of ``before``."""
-        if self.heads is None:
-            return size
-        queries, values, channels = self.heads
-        each = size.view(values, queries // values, channels)
-        return each.mean(1, keepdim=True).expand_as(each).flatten()
 
 
 def find(program: Program, linears: Sequence[fx.Node]) -> tuple[list[Site], list[fx.Node]]:
@@ -79,9 +66,6 @@ def fold(program: Program, site: Site, scale: Tensor) -> Tensor | None:
             arguments[place] = _put(program, site, place, value / scale, arguments[place])
         site.source.args = tuple(arguments)
         return None
-    if site.heads is not None:
-        queries, values, channels = site.heads
-        scale = scale.view(values, -1, channels)[:, 0].flatten()
     rows = scale.new_ones(int(site.before.meta["val"].shape[-1]))
     rows[site.start : site.start + len(scale)] /= scale
     if len(site.before.args) > 2 and site.before.args[2] is not None:
@@ -138,9 +122,6 @@ def _site(
             linear, start = _made_by(factor)
             if linear in linears and linear not in group and _takes(program, linear):
                 return Site(group, source, before=linear, start=start)
-        return None
-    if source.target in _RESHAPES:
-        return _behind_attention(program, source, group, linears)
     return None
 
 
@@ -148,35 +129,6 @@ def _takes(program: Program, linear: Any) -> bool:
     """Whether rows of a layer can be scaled: it has no bias, or a constant."""
     bias = linear.args[2] if len(linear.args) > 2 else None
     return bias is None or _constant(program, bias) is not None
-
-
-def _behind_attention(
-    program: Program, source: fx.Node, group: list[fx.Node], linears: set[fx.Node]
-) -> Site | None:
-    """The site of layers that read all heads of an attention whose values nothing else reads."""
-    out = _before(source.args[0], *_COPIES, aten.transpose.int)
-    attention = out.args[0] if is_call(out, getitem) and out.args[1] == 0 else out
-    if attention.target not in _ATTENTION or len(out.users) > 1:
-        return None
-    if is_call(attention, _ATTENTION[0]) and len(attention.args[4].users) > 1:
-        return None
-    q, value = attention.args[0], attention.args[2]
-    _, heads, _, size = value.meta["val"].shape
-    apart = _before(value, *_COPIES, aten.transpose.int)
-    linear, start = _made_by(_before(apart, *_RESHAPES))
-    if linear not in linears or linear in group or not _takes(program, linear):
-        return None
-    queries, wide = int(q.meta["val"].shape[1]), int(source.meta["val"].shape[-1])
-    if tuple(apart.meta["val"].shape[-2:]) != (heads, size) or wide != queries * size:
-        return None
-    return Site(group, source, before=linear, start=start, heads=(queries, heads, size))
-
-
-def _before(node: Any, *targets: Any) -> Any:
-    """What comes before operators of these kinds that nothing else reads."""
-    while node.target in targets and len(node.users) == 1:
-        node = node.args[0]
-    return node
 
 
 def _read_by(node: fx.Node, linears: set[fx.Node]) -> bool:

@@ -329,8 +329,8 @@ class Weights:
         self._taken: set[str] = set()
         self._made: dict[str, ir.Value] = {}
         self._kept: list[torch.Tensor] = []
-        self.parts: dict[int, dict[str, ir.Value]] = {}
-        """What packed weights became, by where they lie."""
+        self.parts: dict[tuple[int, int], dict[str, ir.Value]] = {}
+        """What packed weights became, by where they lie and how many rows they are."""
 
     def value(self, target: str, tensor: torch.Tensor) -> ir.Value:
         if id(tensor) not in self.values:

@@ -64,7 +64,10 @@ def _weights(
         )
     held = packed.const_value
     assert held is not None
-    place = held.numpy().ctypes.data
+    place = (
+        held.numpy().ctypes.data,
+        rows,
+    )  # tiles that FuseLinear joined begin where the first does
     if place not in b.weights.parts:
         b.weights.parts[place] = _parts(b, str(packed.name), held, format, rows, columns)
     found = b.weights.parts[place]
