@@ -69,7 +69,8 @@ class Builder:
     """Nodes in order. ``dtype`` is that of the operator's result that is being built, ``scope``
     the module path that its nodes are named by. local: operators become functions; contrib: those
     of onnxruntime may be used, ``fused`` counts them. ``given``: the inputs of the graph that is
-    being built, ``presents``: states that it leaves beside its outputs, both by name."""
+    being built, ``presents``: states that it leaves beside its outputs, both by name; is_body:
+    whether that is the graph of an If, a Loop or a Scan."""
 
     def __init__(self, opset: int, local: bool = False, contrib: bool = False) -> None:
         self.opset, self.local, self.contrib = opset, local, contrib
@@ -88,6 +89,7 @@ class Builder:
         self.presents: dict[str, State] = {}
         self.tables: dict[ir.Value, tuple[ir.Value, ...]] = {}
         self.padding: dict[int, ir.Value] = {}
+        self.is_body = False
 
     def op(
         self,
@@ -292,7 +294,7 @@ class Builder:
     def inside(self) -> Builder:
         """A builder of a body, which may read what stands here."""
         inner = copy.copy(self)
-        inner.nodes, inner.given, inner.presents = [], {}, {}
+        inner.nodes, inner.given, inner.presents, inner.is_body = [], {}, {}, True
         inner._constants, inner._transposed, inner.tables, inner.padding = {}, {}, {}, {}
         return inner
 

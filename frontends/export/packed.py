@@ -34,7 +34,7 @@ def packed_linear(
     if b.contrib:
         _count(b, "MatMulNBits")
         return onnx.contrib_linear(b, x, bias, *given, **settings)
-    return b.call("PackedLinear", onnx.linear, x, bias, *given, **settings)
+    return b.call("PackedLinear", onnx.linear, x, bias, *given, fused=not b.is_body, **settings)
 
 
 @lowers("regraft.packed_embedding")

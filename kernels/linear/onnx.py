@@ -20,20 +20,31 @@ EIGHT_BITS = 4
 """MatMulNBits' accuracy level at which activations are rounded to 8 bits."""
 
 
-def linear(b: Any, x: Any, bias: Any, *given: Any, rows: int, columns: int, **kind: Any) -> Any:
+def linear(
+    b: Any, x: Any, bias: Any, *given: Any, rows: int, columns: int, fused: bool, **kind: Any
+) -> Any:
     """x [..., columns] times weights [rows, columns] transposed, plus bias, as x's dtype.
 
-    onnxruntime multiplies the codes as they are: it fuses the first two operators.
+    onnxruntime multiplies the codes as they are: it fuses DequantizeLinear with the product. Where
+    it would fail to (1.32 in the body of a Loop), not fused, it makes the weights floats at first.
     """
     format, parts = Format(**kind), dict(zip(PARTS, given, strict=False))
     block = format.group or format.block
     codes, scale = _signed(b, parts, format), _scale(b, parts, format)
-    how: dict[str, Any] = {"axis": 0, "block_size": block}
-    factors = _each_block(b, scale, format, columns, rows)
-    if columns % block:
-        factors, how = b.op("Reshape", scale, b.constant([rows])), {"axis": 1}
     wide = b.to(x, FLOAT)
-    weight = b.op("DequantizeLinear", codes, factors, dtype=FLOAT, **how)
+    if not fused:
+        levels = b.cast(b.cast(codes, torch.int8), FLOAT)
+        groups = format.groups(columns)
+        apart = b.op("Reshape", levels, b.constant([groups, columns // groups, rows]))
+        weight = b.op("Mul", apart, b.unsqueeze(scale, 1))
+        weight = b.op("Reshape", weight, b.constant([columns, rows]))
+    elif columns % block:
+        factors = b.op("Reshape", scale, b.constant([rows]))
+        weight = b.op("DequantizeLinear", codes, factors, dtype=FLOAT, axis=1)
+    else:
+        factors = _each_block(b, scale, format, columns, rows)
+        settings = {"axis": 0, "block_size": block}
+        weight = b.op("DequantizeLinear", codes, factors, dtype=FLOAT, **settings)
     return _finished(b, x, b.op("MatMul", wide, weight), bias, parts, format, scale)
 
 

@@ -84,6 +84,18 @@ def test_modules_with_biases_and_odd_columns(tmp_path):
     assert max(written.errors.values()) < 1e-5
 
 
+@pytest.mark.parametrize("name, settings", [("rwkv", dict(bits=4)), ("jamba", dict(group=None))])
+def test_weights_in_the_body_of_a_loop(name, settings, tmp_path):
+    from tests.runtime.test_recurrent import MODELS
+
+    model = tiny(name, **MODELS[name])
+    compiled = regraft.compile(model, [WeightQuant(**settings)], target="reference")
+    written = compiled.export_onnx(tmp_path / "out")
+    assert max(written.errors.values()) < 1e-5
+    held = {id(x): x.nbytes for x in program_tensors(compiled.program).values()}
+    assert written.weight_bytes <= 1.01 * sum(held.values())
+
+
 def test_standard_operators_need_blocks(llama, tmp_path):
     compiled = regraft.compile(llama, [WeightQuant(bits=4)], target="reference")
     with pytest.raises(RegraftError, match="need opset 21; contrib=True needs none"):
