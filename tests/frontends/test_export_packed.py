@@ -29,7 +29,7 @@ def compiled_file(folder, **options):
 
 def close(errors):
     rounded = errors.pop(ROUNDED)
-    return 1e-3 < rounded < 0.1 and max(errors.values()) < 1e-5
+    return rounded < 0.1 and max(errors.values()) < 1e-5
 
 
 @pytest.mark.parametrize("name", FILES)
