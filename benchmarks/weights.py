@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import torch
@@ -37,21 +36,18 @@ def _run(quick: bool) -> Result:
     windows, names = text_windows(tokenizer, docs, size, count)
     calibration, others = text_windows(tokenizer, docs, 512, pieces, skip=HELD_OUT)
     contenders = {"float32": regraft.compile(model, target="reference")}
-    seconds = {"float32": 0.0}
     with progress("weights", len(MODELS)) as stage:
         for name, settings in MODELS.items():
             stage(name)
-            start = time.perf_counter()
             quantised = [regraft.WeightQuant(**settings)]
             contenders[name] = regraft.compile(
                 model, quantised, calibration=calibration, target="reference"
             )
-            seconds[name] = time.perf_counter() - start
     totals, _ = measure(contenders, windows, CHUNK)
     rows = [
         {"model": name, "weight bits": weight_bits(contenders[name])}
         | scores(total, totals["float32"])
-        | {"compile s": seconds[name], "tokens": total.tokens}
+        | {"tokens": total.tokens}
         for name, total in totals.items()
     ]
     ratios = {row["model"]: row["ratio"] for row in rows}
