@@ -94,6 +94,13 @@ def pieces(calibration: Sequence[Any], vocabulary: int | None) -> list[Tensor]:
     return found
 
 
+def vocabulary(program: Program) -> int | None:
+    """How many tokens the model knows, where it looks its ids up in one table."""
+    ids = program.graph.find_nodes(op="placeholder")[0]
+    tables = [user.args[0] for user in ids.users if user.target is torch.ops.aten.embedding.default]
+    return int(getattr(program.graph_module, tables[0].target).shape[0]) if tables else None
+
+
 def collect(
     program: Program,
     nodes: Sequence[fx.Node],

@@ -14,7 +14,7 @@ from torch import fx
 from regraft.kernels.kvquant.codebook import BITS
 from regraft.passes.base import Context, Pass, PassResult
 from regraft.passes.budget import Option, cheapest, shares, token_bits
-from regraft.passes.calibrate import KINDS, Q_NORM, Fit, Samples, collect, fit, pieces
+from regraft.passes.calibrate import KINDS, Q_NORM, Fit, Samples, collect, fit, pieces, vocabulary
 from regraft.program import LayerState, Program, RegraftError
 from regraft.program.calibration import load_calibration
 
@@ -141,7 +141,7 @@ class KVQuant(Pass):
     def _calibrated(
         self, program: Program, nodes: Sequence[fx.Node], context: Context
     ) -> list[LayerState]:
-        batches = pieces(context.calibration, _vocabulary(program))
+        batches = pieces(context.calibration, vocabulary(program))
         samples = collect(program, nodes, batches, self.sink, context.tell)
         options: list[list[Option]] = []
         coded = [index for index in range(len(samples)) if not self.is_exact(index)]
@@ -222,10 +222,3 @@ def _why_not(program: Program, nodes: Sequence[fx.Node]) -> tuple[str, str] | No
             if (size := state.meta["val"].shape[-1]) % 8:
                 return node.name, f"{kind} size {size} is not a multiple of 8"
     return None
-
-
-def _vocabulary(program: Program) -> int | None:
-    """How many tokens the model knows, where it looks its ids up in one table."""
-    ids = program.graph.find_nodes(op="placeholder")[0]
-    tables = [user.args[0] for user in ids.users if user.target is torch.ops.aten.embedding.default]
-    return int(getattr(program.graph_module, tables[0].target).shape[0]) if tables else None
