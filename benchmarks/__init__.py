@@ -6,6 +6,7 @@ SUITES = {
     "capture": "regraft.benchmarks.capture",
     "cuda": "regraft.benchmarks.cuda",
     "perplexity": "regraft.benchmarks.perplexity",
+    "weights": "regraft.benchmarks.weights",
     "linear": "regraft.benchmarks.linear",
     "kv-quality": "regraft.benchmarks.kv_quality",
     "onnx-export": "regraft.benchmarks.onnx_export",

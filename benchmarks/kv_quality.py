@@ -25,6 +25,7 @@ from regraft.passes.budget import Option, cheapest, shares, token_bits
 from regraft.passes.calibrate import (
     KINDS,
     PIECES,
+    Q_NORM,
     Fit,
     Samples,
     collect,
@@ -98,7 +99,7 @@ def modes(samples: Sequence[dict[str, Samples]], bits: Sequence[int]) -> list[Mo
         for share in shares(SHARE):
             known[each, share] = [
                 {
-                    kind: fit(kind, given, each, share, qnorm=each < 8)
+                    kind: fit(kind, given, each, share, qnorm=each in Q_NORM)
                     for kind, given in layer.items()
                 }
                 for layer in samples

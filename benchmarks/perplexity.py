@@ -135,24 +135,26 @@ def _rows(
     windows: int,
 ) -> list[dict[str, Any]]:
     """half is what a token takes in float16; the loss is averaged over all windows' tokens."""
-    dense = totals["dense"]
-    rows = []
-    for name, total in totals.items():
-        tokens = total.tokens
-        loss = torch.tensor([total.loss, dense.loss], dtype=torch.float64) / tokens
-        perplexity, exact = loss.exp().tolist()
-        rows.append(
-            {
-                "model": name,
-                "bits": passes[name].bits if passes[name] else 32,
-                "perplexity": perplexity,
-                "ratio": perplexity / exact,
-                "kl": total.divergence / tokens,
-                "argmax agreement": total.agreeing / tokens,
-                "kv bytes/token": kept[name],
-                "share of float16": kept[name] / half,
-                "windows": windows,
-                "tokens": tokens,
-            }
-        )
-    return rows
+    return [
+        {"model": name, "bits": passes[name].bits if passes[name] else 32}
+        | scores(total, totals["dense"])
+        | {
+            "kv bytes/token": kept[name],
+            "share of float16": kept[name] / half,
+            "windows": windows,
+            "tokens": total.tokens,
+        }
+        for name, total in totals.items()
+    ]
+
+
+def scores(total: Total, dense: Total) -> dict[str, float]:
+    """The columns that tell of quality, beside the exact model's."""
+    loss = torch.tensor([total.loss, dense.loss], dtype=torch.float64) / total.tokens
+    perplexity, exact = loss.exp().tolist()
+    return {
+        "perplexity": perplexity,
+        "ratio": perplexity / exact,
+        "kl": total.divergence / total.tokens,
+        "argmax agreement": total.agreeing / total.tokens,
+    }

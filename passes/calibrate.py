@@ -19,6 +19,7 @@ from regraft.program import Program, RegraftError
 from regraft.program.program import source_of
 
 LENGTH, PIECES, ROUNDS = 512, 16, 2
+Q_NORM = (2, 4)  # bits whose codes are read with the spread of the data
 """Tokens of a piece of text, the most pieces that are used, how often ranges are fitted anew."""
 KINDS = ("key", "value")
 """Where cached_attention has them: arguments 1 and 2."""
@@ -91,6 +92,13 @@ def pieces(calibration: Sequence[Any], vocabulary: int | None) -> list[Tensor]:
                 f"calibration holds token {wrong}, the model knows {vocabulary}: use its tokenizer"
             )
     return found
+
+
+def vocabulary(program: Program) -> int | None:
+    """How many tokens the model knows, where it looks its ids up in one table."""
+    ids = program.graph.find_nodes(op="placeholder")[0]
+    tables = [user.args[0] for user in ids.users if user.target is torch.ops.aten.embedding.default]
+    return int(getattr(program.graph_module, tables[0].target).shape[0]) if tables else None
 
 
 def collect(

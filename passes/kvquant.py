@@ -14,7 +14,7 @@ from torch import fx
 from regraft.kernels.kvquant.codebook import BITS
 from regraft.passes.base import Context, Pass, PassResult
 from regraft.passes.budget import Option, cheapest, shares, token_bits
-from regraft.passes.calibrate import KINDS, Fit, Samples, collect, fit, pieces
+from regraft.passes.calibrate import KINDS, Q_NORM, Fit, Samples, collect, fit, pieces, vocabulary
 from regraft.program import LayerState, Program, RegraftError
 from regraft.program.calibration import load_calibration
 
@@ -38,8 +38,8 @@ class KVQuant(Pass):
     the codebooks "lloyd_max", "normal_float" and "uniform", keys have the range of each ``group``
     of tokens, and values alone have outliers. "rotated" is "lloyd_max" for rotated keys and values
     that a Hadamard matrix has spread over the channels of a head, without outliers. qnorm: codes
-    read with the spread of the data; by default those below 8 bits. Source: KVQuant (arXiv
-    2401.18079), KIVI (arXiv 2402.02750), QuaRot (arXiv 2404.00456).
+    read with the spread of the data; by default those of 2 and 4 bits, which it was seen to help.
+    Source: KVQuant (arXiv 2401.18079), KIVI (arXiv 2402.02750), QuaRot (arXiv 2404.00456).
     """
 
     bits: int | float | Mapping[str, int] = 4
@@ -141,7 +141,7 @@ class KVQuant(Pass):
     def _calibrated(
         self, program: Program, nodes: Sequence[fx.Node], context: Context
     ) -> list[LayerState]:
-        batches = pieces(context.calibration, _vocabulary(program))
+        batches = pieces(context.calibration, vocabulary(program))
         samples = collect(program, nodes, batches, self.sink, context.tell)
         options: list[list[Option]] = []
         coded = [index for index in range(len(samples)) if not self.is_exact(index)]
@@ -155,7 +155,7 @@ class KVQuant(Pass):
                     choices = [(bits, o) for bits in BITS[:3] for o in shares(self.outliers)]
                 made = []
                 for bits, outliers in choices:
-                    qnorm = bits < 8 if self.qnorm is None else self.qnorm
+                    qnorm = bits in Q_NORM if self.qnorm is None else self.qnorm
                     found = fit(kind, given, bits, outliers, qnorm)
                     cost = token_bits(kind, bits, outliers, heads, size)
                     made.append(Option(cost, found.error, found))
@@ -222,10 +222,3 @@ def _why_not(program: Program, nodes: Sequence[fx.Node]) -> tuple[str, str] | No
             if (size := state.meta["val"].shape[-1]) % 8:
                 return node.name, f"{kind} size {size} is not a multiple of 8"
     return None
-
-
-def _vocabulary(program: Program) -> int | None:
-    """How many tokens the model knows, where it looks its ids up in one table."""
-    ids = program.graph.find_nodes(op="placeholder")[0]
-    tables = [user.args[0] for user in ids.users if user.target is torch.ops.aten.embedding.default]
-    return int(getattr(program.graph_module, tables[0].target).shape[0]) if tables else None

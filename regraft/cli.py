@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from regraft import show
+from regraft import options, show
 
 app = typer.Typer(
     help="Compile, transform and run transformer inference graphs.",
@@ -31,8 +31,6 @@ DEEP = 8192
 MODEL = typer.Option(
     "smollm2", "--model", "-m", help="A model folder, a compiled one, a GGUF file, or smollm2."
 )
-WEIGHTS = typer.Option("none", "--weight-bits", help="Bits of linear layers' weights: 8, 4, none.")
-BITS = typer.Option("none", "--kv-bits", help="Bits of the KV cache: 2, 3, 4, 8 or none.")
 
 
 def main() -> None:
@@ -52,7 +50,7 @@ def main() -> None:
 def demo() -> None:
     """Compile SmolLM2 with a 4-bit cache and let it answer a prompt."""
     model, tokenizer = _load("smollm2")
-    compiled = _compile(model, _passes("4"))
+    compiled = _compile(model, options.passes("4"))
     out.print(compiled.report.table())
     cache = _generate(compiled, tokenizer, PROMPT, 48)
     per_token = compiled.program.cache_bytes(2)
@@ -64,16 +62,18 @@ def demo() -> None:
 def compile_(
     model: str = typer.Argument(..., help="A model folder, a GGUF file, or smollm2."),
     folder: Path = typer.Argument(..., metavar="OUT", help="The folder to write."),
-    kv_bits: str = BITS,
-    weight_bits: str = WEIGHTS,
+    kv_bits: str = options.BITS,
+    weight_bits: str = options.WEIGHTS,
+    weight_method: str = options.METHOD,
     recipe: Path | None = typer.Option(None, "--recipe", help="A YAML file that lists passes."),
     macs: float | None = typer.Option(None, "--macs", help="Prune to this share; needs --text."),
     text: Path | None = typer.Option(None, "--text", help="A text file to calibrate with."),
 ) -> None:
     """Compile a model into a folder that generate and inspect take."""
-    passes = _pruned(macs, text) + _passes(kv_bits, weight_bits)
+    passes = options.pruned(macs, text)
+    passes += options.passes(kv_bits, weight_bits, weight_method, text)
     loaded, words = _load(model, tokenizer=text is not None)
-    calibration = None if text is None else _batches(text, words)
+    calibration = None if text is None else options.batches(text, words)
     compiled = _compile(loaded, passes, recipe, calibration=calibration)
     with _status(f"writing {folder}"):
         compiled.save(folder)
@@ -86,17 +86,18 @@ def compile_(
 
 @app.command()
 def export(
-    model: str = typer.Argument(..., help="A model folder, or smollm2."),
+    model: str = typer.Argument(..., help="A model folder, a GGUF file, or smollm2."),
     folder: Path = typer.Argument(..., metavar="OUT", help="The folder to write."),
-    kv_bits: str = BITS,
-    opset: int = typer.Option(20, "--opset", help="ONNX opset, 18 to 24."),
+    kv_bits: str = options.BITS,
+    weight_bits: str = options.WEIGHTS,
+    opset: int = typer.Option(21, "--opset", help="ONNX opset, 18 to 24."),
     functions: bool = typer.Option(True, help="Operators as functions."),
-    contrib: bool = typer.Option(False, "--contrib", help="Use onnxruntime's fused operators."),
+    contrib: bool = typer.Option(False, "--contrib", help="Use onnxruntime's operators."),
     force: bool = typer.Option(False, "--force", help="Replace OUT if it exists."),
     recipe: Path | None = typer.Option(None, "--recipe", help="A YAML file that lists passes."),
 ) -> None:
     """Export a model to an ONNX folder that onnxruntime runs, and check it there."""
-    passes = _passes(kv_bits)
+    passes = options.passes(kv_bits, weight_bits)
     loaded, tokenizer = _load(model)
     compiled = _compile(loaded, passes, recipe, target="reference")
     with _status(f"exporting to {folder}"):
@@ -116,11 +117,11 @@ def generate(
     prompt: str = typer.Option(..., "--prompt", "-p"),
     model: str = MODEL,
     max_new_tokens: int = typer.Option(64, "--max-new-tokens", "-n", min=1),
-    kv_bits: str = BITS,
-    weight_bits: str = WEIGHTS,
+    kv_bits: str = options.BITS,
+    weight_bits: str = options.WEIGHTS,
 ) -> None:
     """Continue a prompt; chat models get it through their chat template."""
-    compiled, tokenizer = _open(model, _passes(kv_bits, weight_bits), tokenizer=True)
+    compiled, tokenizer = _open(model, options.passes(kv_bits, weight_bits), tokenizer=True)
     _generate(compiled, tokenizer, prompt, max_new_tokens)
 
 
@@ -129,7 +130,7 @@ def inspect(
     context: typer.Context,
     file: str = typer.Argument("", metavar="[ONNX]", help="An .onnx file, as --model takes too."),
     model: str = MODEL,
-    kv_bits: str = BITS,
+    kv_bits: str = options.BITS,
     graph: bool = typer.Option(False, "--graph", help="Print the transformed graph."),
     diff: str = typer.Option("", "--diff", metavar="PASS", help="What this pass changed."),
     markdown: bool = typer.Option(False, "--markdown", help="--diff as Markdown."),
@@ -147,7 +148,7 @@ def inspect(
         return
     if file:
         raise RegraftError(f"{file} is no .onnx file: name a model folder with --model")
-    passes = _passes(kv_bits)
+    passes = options.passes(kv_bits)
     if diff:
         steps = show.steps(passes, diff)
         loaded, _ = _load(model, tokenizer=False)
@@ -226,40 +227,6 @@ def _hush() -> None:
 def _status(text: str) -> Iterator[None]:
     with err.status(text):
         yield
-
-
-def _passes(kv_bits: str, weight_bits: str = "none") -> list[Any]:
-    from regraft import KVQuant, RegraftError, WeightQuant
-
-    found: list[Any] = []
-    if weight_bits != "none":
-        if weight_bits not in ("8", "4"):
-            raise RegraftError(f"--weight-bits {weight_bits}: 8, 4 or none")
-        found.append(WeightQuant(bits=int(weight_bits)))
-    if kv_bits != "none":
-        if not kv_bits.isdigit():
-            raise RegraftError(f"--kv-bits {kv_bits}: 2, 3, 4, 8 or none")
-        found.append(KVQuant(bits=int(kv_bits)))
-    return found
-
-
-def _pruned(macs: float | None, text: Path | None) -> list[Any]:
-    from regraft import Prune, RegraftError
-
-    if macs is not None and text is None:
-        raise RegraftError("--macs needs --text FILE: what the model is calibrated with")
-    return [] if macs is None else [Prune(macs=macs, method="reconstruct")]
-
-
-def _batches(text: Path, tokenizer: Any) -> list[Any]:
-    """The file's tokens, of which at most 64 pieces of 512 are used."""
-    from regraft import RegraftError
-
-    try:
-        ids = tokenizer(text.read_text(), return_tensors="pt")["input_ids"]
-    except (OSError, UnicodeDecodeError) as error:
-        raise RegraftError(f"{text} cannot be read: {error}") from error
-    return list(ids[:, : 64 * 512].split(512, 1))
 
 
 def _folder(name: str) -> Path:

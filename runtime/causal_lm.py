@@ -104,7 +104,7 @@ class Compiled(GenerationMixin):
         self,
         folder: str | Path,
         *,
-        opset: int = 20,
+        opset: int = 21,
         functions: bool = True,
         contrib: bool = False,
         tokenizer: Any = None,
@@ -116,7 +116,9 @@ class Compiled(GenerationMixin):
         ``regraft::`` operators become functions of domain ai.regraft in standard operators, or
         with functions=False those operators themselves. With contrib the file uses onnxruntime's
         own fused operators where they fit, and runs on onnxruntime alone, where a batch then
-        goes on by one token at a time. What onnxruntime computes is compared with this program
+        goes on by one token at a time. Packed weights stay packed, as blocks of DequantizeLinear
+        (opset 21 or later) or, with contrib, of MatMulNBits; onnxruntime rounds the activations
+        that meet them to 8 bits. What onnxruntime computes is compared with this program
         first: returns the sizes and errors. RegraftError where an operator has no ONNX form, where
         the comparison fails, and where the folder exists, unless force.
         """

@@ -47,7 +47,7 @@ class CompiledModule:
         self,
         folder: str | Path,
         *,
-        opset: int = 20,
+        opset: int = 21,
         functions: bool = True,
         tokenizer: Any = None,
         force: bool = False,

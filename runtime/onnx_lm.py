@@ -158,9 +158,11 @@ class OnnxCausalLM(Compiled):
         self.regions = {}
 
     @classmethod
-    def open(cls, path: Path, config: Any, generation_config: Any) -> OnnxCausalLM:
-        """RegraftError where onnxruntime refuses the file."""
-        return cls.of(open_session(path), config, generation_config)
+    def open(
+        cls, path: Path, config: Any, generation_config: Any, exact: bool = False
+    ) -> OnnxCausalLM:
+        """RegraftError where onnxruntime refuses the file; exact: see ``open_session``."""
+        return cls.of(open_session(path, exact), config, generation_config)
 
     @classmethod
     def of(cls, session: Any, config: Any, generation_config: Any) -> OnnxCausalLM:

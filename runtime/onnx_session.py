@@ -24,9 +24,9 @@ class OnnxSession:
         self.device = torch.device("cpu")
 
     @classmethod
-    def open(cls, path: Path) -> OnnxSession:
-        """RegraftError where onnxruntime refuses the file."""
-        return cls(open_session(path))
+    def open(cls, path: Path, exact: bool = False) -> OnnxSession:
+        """RegraftError where onnxruntime refuses the file; exact: see ``open_session``."""
+        return cls(open_session(path, exact))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(self.inputs)}; onnxruntime)"
@@ -61,13 +61,16 @@ class OnnxSession:
         return [torch.from_numpy(value) for value in results]
 
 
-def open_session(path: Path) -> Any:
-    """onnxruntime's session of a file; RegraftError where it refuses it."""
+def open_session(path: Path, exact: bool = False) -> Any:
+    """onnxruntime's session of a file; RegraftError where it refuses it. exact: activations that
+    meet packed weights are not rounded, as they are to 8 bits by default."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = torch.get_num_threads()
+    if exact:
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:

@@ -72,6 +72,14 @@ def test_an_exported_folder_generates_alike(folder, tmp_path):
         regraft("inspect", "-m", tmp_path / "out")
 
 
+def test_packed_weights_are_exported(folder, tmp_path):
+    pytest.importorskip("onnxruntime")
+    for settings in ((), ("--contrib",)):
+        out = tmp_path / f"out{len(settings)}"
+        assert "8-bit activations" in regraft("export", folder, out, "--weight-bits", 4, *settings)
+        assert regraft("generate", "-m", out, "-p", "one two", "-n", 6)
+
+
 def test_inspect_shows_signature_passes_and_cache(folder):
     text = regraft("inspect", "-m", folder, "--kv-bits", "4")
     assert "past_key_values.0.key" in text and "RaiseAttention" in text
@@ -177,5 +185,11 @@ def test_a_gguf_file_compiles_to_a_folder(folder, tmp_path):
 def test_weight_bits(folder, tmp_path):
     assert "WeightQuant" in regraft("compile", folder, tmp_path / "out", "--weight-bits", 8)
     assert regraft("generate", "-m", tmp_path / "out", "-p", "one two", "-n", 4)
+    text = tmp_path / "text.txt"
+    text.write_text("one two " * 200)
+    scaled = ("--weight-bits", 4, "--weight-method", "awq")
+    assert "WeightQuant" in regraft("compile", folder, tmp_path / "awq", *scaled, "--text", text)
+    with pytest.raises(RegraftError, match="awq needs --weight-bits and --text FILE"):
+        regraft("compile", folder, tmp_path / "out2", *scaled)
     with pytest.raises(RegraftError, match="--weight-bits 3: 8, 4 or none"):
         regraft("compile", folder, tmp_path / "out2", "--weight-bits", 3)

@@ -69,7 +69,8 @@ class Builder:
     """Nodes in order. ``dtype`` is that of the operator's result that is being built, ``scope``
     the module path that its nodes are named by. local: operators become functions; contrib: those
     of onnxruntime may be used, ``fused`` counts them. ``given``: the inputs of the graph that is
-    being built, ``presents``: states that it leaves beside its outputs, both by name."""
+    being built, ``presents``: states that it leaves beside its outputs, both by name; is_body:
+    whether that is the graph of an If, a Loop or a Scan."""
 
     def __init__(self, opset: int, local: bool = False, contrib: bool = False) -> None:
         self.opset, self.local, self.contrib = opset, local, contrib
@@ -88,6 +89,7 @@ class Builder:
         self.presents: dict[str, State] = {}
         self.tables: dict[ir.Value, tuple[ir.Value, ...]] = {}
         self.padding: dict[int, ir.Value] = {}
+        self.is_body = False
 
     def op(
         self,
@@ -292,7 +294,7 @@ class Builder:
     def inside(self) -> Builder:
         """A builder of a body, which may read what stands here."""
         inner = copy.copy(self)
-        inner.nodes, inner.given, inner.presents = [], {}, {}
+        inner.nodes, inner.given, inner.presents, inner.is_body = [], {}, {}, True
         inner._constants, inner._transposed, inner.tables, inner.padding = {}, {}, {}, {}
         return inner
 
@@ -329,6 +331,8 @@ class Weights:
         self._taken: set[str] = set()
         self._made: dict[str, ir.Value] = {}
         self._kept: list[torch.Tensor] = []
+        self.parts: dict[tuple[int, int], dict[str, ir.Value]] = {}
+        """What packed weights became, by where they lie and how many rows they are."""
 
     def value(self, target: str, tensor: torch.Tensor) -> ir.Value:
         if id(tensor) not in self.values:
@@ -343,6 +347,16 @@ class Weights:
                 name=name, shape=ir.Shape(tensor.shape), type=kind, const_value=held
             )
         return self.values[id(tensor)]
+
+    def lazy(
+        self, name: str, shape: tuple[int, ...], dtype: ir.DataType, make: Callable[[], Any]
+    ) -> ir.Value:
+        """A tensor whose array is made when it is written."""
+        sizes = ir.Shape(shape)
+        held = ir.LazyTensor(lambda: ir.Tensor(make(), name=name), dtype, sizes, name=name)
+        made = ir.Value(name=name, shape=sizes, type=ir.TensorType(dtype), const_value=held)
+        self.values[id(held)] = made
+        return made
 
     def made(self, name: str, tensor: torch.Tensor) -> ir.Value:
         """A tensor made for this name: the first of those that are made for it."""

@@ -23,7 +23,7 @@ def export(
     compiled: Any,
     folder: str | Path,
     *,
-    opset: int = 20,
+    opset: int = 21,
     functions: bool = True,
     contrib: bool = False,
     tokenizer: Any = None,
@@ -43,14 +43,14 @@ def export(
         if fits(cache):
             settings = genai_config(compiled.config, compiled.generation_config, model.graph)
             (made / "genai_config.json").write_text(json.dumps(settings, indent=2))
-        errors = check(made / MODEL, compiled, together=not fused)
+        errors = check(made / MODEL, compiled, together="GroupQueryAttention" not in fused)
     return Exported.of(folder, model, errors, fused)
 
 
 def to_onnx(
     program: Program,
     report: Report,
-    opset: int = 20,
+    opset: int = 21,
     functions: bool = True,
     contrib: bool = False,
 ) -> tuple[ir.Model, dict[str, int]]:

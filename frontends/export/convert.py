@@ -39,7 +39,7 @@ def convert(program: Program, builder: Builder, producer_version: str) -> ir.Mod
         list(given.values()),
         outputs,
         nodes=builder.nodes,
-        initializers=list(weights.values.values()),
+        initializers=[value for value in weights.values.values() if value.uses()],
         opset_imports={"": builder.opset}
         | ({DOMAIN: 1} if builder.functions else {})
         | ({"com.microsoft": 1} if builder.fused else {}),

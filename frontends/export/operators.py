@@ -6,7 +6,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from regraft.frontends.export import kvquant
+from regraft.frontends.export import kvquant, packed  # noqa: F401  packed registers its own
 from regraft.frontends.export.builder import Builder, lowers
 from regraft.kernels.attention import onnx as attention
 

@@ -15,6 +15,7 @@ from regraft.frontends.onnx.recurrent import capture_recurrent
 from regraft.frontends.onnx.step import PAST, Step, raise_updates
 from regraft.frontends.onnx.values import DTYPES
 from regraft.frontends.trial import TOLERANCE
+from regraft.kernels.linear.packed import unrounded
 from regraft.program import Program, RegraftError
 from regraft.program.config import head_sizes
 from regraft.program.program import tracing
@@ -82,9 +83,10 @@ def _agree(module: OnnxModule, program: Program) -> None:
     positions = torch.arange(past[0].shape[2], mask.shape[1]).expand_as(ids).contiguous()
     names = [spec.name for spec in program.inputs]
     given = dict(zip(names, (ids, mask, positions, keep, *past), strict=True))
-    wanted = module(**{name: x for name, x in given.items() if name in module.inputs})
-    want = wanted[module.outputs.index("logits")].float()
-    error = (program(*given.values())[0].float() - want).abs().max() / want.abs().max()
+    with unrounded():
+        wanted = module(**{name: x for name, x in given.items() if name in module.inputs})
+        want = wanted[module.outputs.index("logits")].float()
+        error = (program(*given.values())[0].float() - want).abs().max() / want.abs().max()
     if not error <= max(TOLERANCE, 32 * torch.finfo(program.outputs[0].dtype).eps):
         raise RegraftError(
             f"the captured logits differ from the file's by {error:.1e} of their scale: its masks "

@@ -39,6 +39,7 @@ class OnnxModule(nn.Module):
         self.inputs = [v.name or "" for v in self.input_values]
         self.outputs = [v.name or "" for v in model.graph.outputs]
         self.output_types = [v.dtype for v in model.graph.outputs]
+        self.packed: dict[Any, ir.Value] = {}
         self.plan = Plan(model.graph, self, dict(model.opset_imports))
         self.places = {v.name: i for i, v in enumerate(self.plan.inputs)}
 

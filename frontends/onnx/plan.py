@@ -12,6 +12,7 @@ import onnx_ir as ir
 import torch
 
 from regraft.frontends.onnx import expand, registry
+from regraft.frontends.onnx.packed import kept_packed
 from regraft.frontends.onnx.values import Host, as_numbers, as_tensor, constant
 from regraft.program import RegraftError
 
@@ -82,7 +83,7 @@ class Plan:
         self.constants: dict[ir.Value, Callable[[], Any]] = {}
         for value in graph.initializers.values():
             if value.const_value is not None:
-                self._hold(value, constant(value.const_value))
+                self.hold(value, constant(value.const_value))
         self.steps = [step for node in graph if (step := self._made(node)) is not None]
         self.captured = self._captured()
         self._find_last_uses()
@@ -118,8 +119,11 @@ class Plan:
     def _step(self, node: ir.Node, label: str) -> Step | None:
         attributes, bodies = self._attributes(node)
         if node.domain == "" and node.op_type == "Constant":
-            self._hold(node.outputs[0], _constant(attributes))
+            self.hold(node.outputs[0], _constant(attributes))
             return None
+        if kept := kept_packed(self, node):
+            call, inputs = kept
+            return Step(label, call, frozenset(), False, None, inputs, list(node.outputs), {})
         key = (node.domain, node.op_type, node.overload)
         if key in self.module.functions and (own := _own(node, self.module.functions[key])):
             known, settings = own
@@ -183,7 +187,7 @@ class Plan:
                 attributes[name] = actual.value
         return attributes, bodies
 
-    def _hold(self, value: ir.Value, held: Any) -> None:
+    def hold(self, value: ir.Value, held: Any) -> None:
         self.constants[value] = self.module.hold(value.name or "constant", held)
 
     def _captured(self) -> list[ir.Value]:

@@ -84,6 +84,8 @@ class GgufTensor:
         rows = self.shape[0]
         if self.kind in _HALVES:
             out.copy_(self._rows(0, rows).view(out.dtype))
+            if not out.isfinite().all():
+                raise RegraftError(f"{self.name} holds weights that are no finite numbers")
             return
         for start in range(0, rows, PIECE):
             made = tiles(self.kind, self._rows(start, min(start + PIECE, rows)), self.name)

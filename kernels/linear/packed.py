@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,17 @@ from regraft.program import RegraftError
 FEW, TILES = 16, 64
 """Rows up to which kernels read the codes themselves; tiles that are dequantised at once."""
 NOTICE = "packed linear layers run by reference, slower"
+_rounded = ContextVar("rounded", default=True)
+
+
+@contextmanager
+def unrounded() -> Iterator[None]:
+    """Let activations meet packed weights as they are."""
+    token = _rounded.set(False)
+    try:
+        yield
+    finally:
+        _rounded.reset(token)
 
 
 def linear(x: Tensor, packed: Tensor, bias: Tensor | None, format: str, rows: int) -> Tensor:
@@ -31,7 +44,7 @@ def linear(x: Tensor, packed: Tensor, bias: Tensor | None, format: str, rows: in
     flat = x.reshape(-1, columns).float()
     kernels = x.device.type == "cpu" and wanted()
     out = None
-    if kernels and 0 < flat.shape[0] <= FEW:
+    if kernels and _rounded.get() and 0 < flat.shape[0] <= FEW:
         try:
             added = None if bias is None else bias.float().contiguous()
             out = llvm.linear(flat, packed, added, format, rows)

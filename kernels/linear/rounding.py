@@ -30,6 +30,12 @@ def round_to_nearest(weight: Tensor, format: Format) -> tuple[Tensor, float]:
     return torch.cat(made), (error / norm) ** 0.5 if norm else 0.0
 
 
+def rounded(weight: Tensor, format: Format) -> Tensor:
+    """What weights [rows, columns] become when they are rounded, float32; errors as above."""
+    groups = weight.float().unflatten(1, (format.groups(weight.shape[1]), -1))
+    return values(format, *_rounded(groups, format))
+
+
 def _rounded(x: Tensor, format: Format) -> tuple[Tensor, dict[str, Tensor]]:
     top = 2**format.bits - 1
     if format.zero:

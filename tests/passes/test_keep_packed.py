@@ -126,3 +126,20 @@ def test_smollm2_writes_the_text_of_the_dequantised_model(monkeypatch):
         inputs = tokenizer(prompt, return_tensors="pt")
         made = [m.generate(**inputs, max_new_tokens=64, do_sample=False) for m in (model, fast)]
         assert torch.equal(*made)
+
+
+def test_halves_that_are_no_numbers_are_named(tmp_path, monkeypatch):
+    from tests import gguf_files
+
+    right = gguf_files.random_blocks
+
+    def wrong(kind, *args):
+        blocks = right(kind, *args)
+        if kind == "F16":
+            blocks[5, 3] = float("inf")
+        return blocks
+
+    monkeypatch.setattr(gguf_files, "random_blocks", wrong)
+    path = write(tmp_path / "tiny.gguf", special={"blk.1.ffn_up": "F16"})
+    with pytest.raises(RegraftError, match="blk.1.ffn_up.weight holds weights that are no finite"):
+        regraft.compile(path)

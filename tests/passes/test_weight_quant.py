@@ -89,6 +89,14 @@ def test_groups_that_do_not_divide():
         regraft.compile(model, [WeightQuant()], example_inputs=(torch.ones(1, 48),))
 
 
+def test_transposed_weights_are_packed():
+    fast = regraft.compile(tiny("gpt2"), [WeightQuant(bits=8)], target="reference")
+    row = next(row for row in fast.report.rows if row.name == "WeightQuant")
+    assert row.matches == 4 * 2 + 1
+    targets = {node.target for node in fast.program.graph.nodes}
+    assert PACKED in targets and torch.ops.aten.addmm.default not in targets
+
+
 def test_weights_that_are_no_numbers():
     model = torch.nn.Sequential(torch.nn.Linear(64, 8))
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import onnx_ir as ir
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -62,6 +63,25 @@ def matmul_nbits(
     else:
         weight = ((codes - middle) * scales).flatten(1)[:, :K]
     return F.linear(x, weight.to(x.dtype), bias)
+
+
+@operator("GatherBlockQuantized", domain=DOMAIN)
+def gather_block_quantized(
+    data, indices, scales, zeros=None, *, bits=4, block_size=128, gather_axis=0, quantize_axis=1,
+    types,
+):  # fmt: skip
+    if gather_axis != 0 or quantize_axis % data.dim() != data.dim() - 1:
+        raise NotImplementedError("other axes than the first to gather, the last in blocks")
+    whole = types[0] == ir.DataType.UINT8
+    codes = _unpacked(data[indices], bits) if whole else data[indices]
+    codes, scales = codes.to(scales.dtype), scales[indices]
+    middle = torch.full_like(scales, 2 ** (bits - 1) if whole else 0)
+    if zeros is not None:
+        middle = _unpacked(zeros[indices], bits) if whole else zeros[indices]
+        middle = middle[..., : scales.shape[-1]].to(scales.dtype)
+    size = codes.shape[-1]
+    scales, middle = (x.repeat_interleave(block_size, -1)[..., :size] for x in (scales, middle))
+    return (codes - middle) * scales
 
 
 def _unpacked(packed: Tensor, bits: int) -> Tensor:
