@@ -77,6 +77,20 @@ FUNCTIONS: dict[str, tuple[str, str, str]] = {
         for size in (16, 8, 4, 2)
     },
     **{f"given{size}": ("void", "unsigned* d, const void* s", _given(size // 4)) for size in (16, 8)},
+    "prefetch": (
+        "void",
+        "const void* s, int valid",
+        'asm volatile("{.reg .pred p; setp.ne.s32 p, %1, 0; @p prefetch.global.L2 [%0];}" '
+        ':: "l"(s), "r"(valid));',
+    ),
+    "begin_next": ("void", "", 'asm volatile("griddepcontrol.launch_dependents;");'),
+    "end_previous": ("void", "", 'asm volatile("griddepcontrol.wait;" ::: "memory");'),
+    "and_or": (
+        WORD,
+        "unsigned a, unsigned b, unsigned c",
+        'unsigned d; asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(a), "r"(b), "r"(c)); '
+        "return d;",
+    ),
     "times16_bf16": (
         WORD,
         "unsigned a",
@@ -143,6 +157,12 @@ FUNCTIONS: dict[str, tuple[str, str, str]] = {
         FLOAT,
         "unsigned a",
         'float d; asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, l;}" '
+        ': "=f"(d) : "r"(a)); return d;',
+    ),
+    "float_upper_f16": (
+        FLOAT,
+        "unsigned a",
+        'float d; asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, h;}" '
         ': "=f"(d) : "r"(a)); return d;',
     ),
     "float_bf16": (FLOAT, "unsigned a", "return __uint_as_float(a << 16);"),

@@ -22,7 +22,8 @@ TYPES = (torch.float16, torch.bfloat16)
 @dataclass(frozen=True)
 class Case:
     """What a kernel is generated for: up to ``rows``, 8 or 16, of activations at once; tiles of
-    weights and warps of a block of threads, and blocks of columns that a warp asks for at once."""
+    weights and warps of a block of threads, and blocks of columns that a warp asks for at once, 4 or
+    8. overlapping: it begins while the kernel before it ends."""
 
     dtype: str
     format: str
@@ -31,6 +32,7 @@ class Case:
     warps: int
     depth: int
     bias: bool
+    overlapping: bool = False
 
     @property
     def channels(self) -> int:
@@ -57,14 +59,15 @@ def linear(
     count, columns = x.shape
     if x.dtype not in TYPES or (format in HALVES and dtype != format):
         raise KernelError(f"no CUDA kernel for activations of {dtype} and weights in {format}")
-    if torch.cuda.get_device_properties(x.device).major < 8:
+    major = torch.cuda.get_device_properties(x.device).major
+    if major < 8:
         raise KernelError("no CUDA kernel for GPUs before Ampere")
     if format not in HALVES and (missing := parse(format).padded(columns) - columns):
         x, columns = torch.nn.functional.pad(x, (0, missing)), columns + missing
     if format in HALVES and columns % 32:
         raise KernelError(f"no CUDA kernel for {columns} columns in {format}")
     tiles, warps, depth = plan or _plan(x.device, format, channels, columns, count)
-    case = Case(dtype, format, 8 if count <= 8 else 16, tiles, warps, depth, bias is not None)
+    case = Case(dtype, format, 8 if count <= 8 else 16, tiles, warps, depth, bias is not None, major >= 9)
     out = x.new_empty(count, channels)
     added = () if bias is None else (_aligned(bias.to(x.dtype)),)
     _kernel(x.device, case)(
@@ -94,4 +97,4 @@ def _kernel(device: torch.device, case: Case) -> Any:
 
         return build(case)
 
-    return kernel("cuda_linear", make, launch.target(device), case)
+    return kernel("cuda_linear", make, launch.target(device), case, case.overlapping)

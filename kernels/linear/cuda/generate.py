@@ -77,37 +77,50 @@ class Product:
     def emit(self) -> None:
         case, depth = self.case, self.case.depth
         blocks = let(self.a.columns // self.weights.block)
-        block, end = registers(1, "int32"), let(blocks * (self.warp + 1) // case.warps)
-        store(block, 0, blocks * self.warp // case.warps)
-        begin = let(block[0])
+        units = let((blocks + depth - 1) // depth)
+        block = registers(1, "int32")
+        begin = let(units * self.warp // case.warps * depth)
+        end = let(T.min(units * (self.warp + 1) // case.warps * depth, blocks))
+        if case.overlapping:
+            call("begin_next")
+            self.weights.prefetch(begin, end)
+            call("end_previous")
+        store(block, 0, begin)
+        unit = self.weights.unit(begin)
         for slot in range(depth):
-            self._load(slot, begin + slot, end)
+            self._load(unit, slot, begin, end)
         # no For: TVM would hoist conditions out of it
         with T.While(block[0] + depth <= end):
             start = let(block[0])
-            store(block, 0, start + depth)
+            following = let(start + depth)
+            store(block, 0, following)
+            unit, given = self.weights.unit(following), self._given(start)
             for slot in range(depth):
-                self._multiply(slot, start + slot)
-                self._load(slot, start + (slot + depth), end)
+                self._multiply(slot, given)
+                self._load(unit, slot, following, end)
         rest = let(block[0])
+        given = self._given(rest)
         for slot in range(depth - 1):
             with T.If(rest + slot < end), T.Then():
-                self._multiply(slot, rest + slot)
+                self._multiply(slot, given)
         self._write()
 
-    def _load(self, slot: int, block: Expr, end: Expr) -> None:
-        own = let(block)
-        valid = let(T.cast(own < end, "int32"))
-        self.weights.load(self.ring, slot * self.weights.words, own, valid)
+    def _load(self, unit: list[Expr], slot: int, start: Expr, end: Expr) -> None:
+        valid = let(T.cast(start + slot < end, "int32"))
+        self.weights.load(self.ring, slot * self.weights.words, unit, slot, valid)
 
-    def _multiply(self, slot: int, block: Expr) -> None:
+    def _given(self, block: Expr) -> list[Expr]:
+        """Where the activations of this block lie, by tile of rows."""
+        return [let(start + wide(block * self.weights.block)) for start in self.starts]
+
+    def _multiply(self, slot: int, starts: list[Expr]) -> None:
         """Add the products of a block's columns."""
         w, at = self.weights, slot * self.weights.words
         mma = f"mma_{BITS[self.case.dtype]}"
         given = []
-        for start in self.starts:
+        for start in starts:
             words = registers(4, "uint32")
-            w.load_activations(words, self.a.x, start, let(block))
+            w.load_activations(words, self.a.x, start + slot * w.block)
             given.append(w.activations(words))
         size = 2 * w.channels
         sums = registers(size * len(given)) if w.scaled else self.sums

@@ -53,10 +53,20 @@ class Halves:
     def channel(self, place: int, g: Expr) -> Expr:
         return g + 8 * place
 
-    def load(self, ring: Any, at: int, block: Expr, valid: Expr) -> None:
-        for e, start in enumerate(self.starts):
-            source = address(self.packed, start + wide(block * self.block))
+    def unit(self, block: Expr) -> list[Expr]:
+        """Where what is loaded from this block on lies."""
+        return [let(start + wide(block * self.block)) for start in self.starts]
+
+    def load(self, ring: Any, at: int, unit: list[Expr], slot: int, valid: Expr) -> None:
+        for e, start in enumerate(unit):
+            source = address(self.packed, start + slot * self.block)
             call("stream16", address(ring, at + 4 * e), source, valid)
+
+    def prefetch(self, begin: Expr, end: Expr) -> None:
+        for start in self.starts:
+            block = let(begin + 2 * self.q)
+            source = address(self.packed, start + wide(begin * 32 + 56 * self.q))
+            call("prefetch", source, T.cast(block < end, "int32"))
 
     def steps(self, ring: Any, at: int) -> Iterator[list[list[Expr]]]:
         for k in range(2):
@@ -66,8 +76,8 @@ class Halves:
     def activations(self, words: Any) -> tuple[list[Pair], list[Pair]]:
         return [(words[0], words[1]), (words[2], words[3])], []
 
-    def load_activations(self, words: Any, x: Any, start: Expr, block: Expr) -> None:
-        call("given16", address(words, 0), address(x, start + wide(block * 32 + 8 * self.q)))
+    def load_activations(self, words: Any, x: Any, start: Expr) -> None:
+        call("given16", address(words, 0), address(x, start + wide(8 * self.q)))
 
 
 class Four:
@@ -91,10 +101,18 @@ class Four:
         self.offset += format.middle
         self.parts = len(format.kinds)
         self.words = self.channels * self.code_words + self.parts * self._part_words()
-        self.ends = let(columns * (ROWS * format.bits // 8))
+        self.ends = let(self.base + wide(columns * ROWS))
+        self.share = format.group // self.block if format.group else 1
+        self.bytes = self.block * ROWS * format.bits // 8
+        self.width = 1 if format.nested else 2
+        self.lane = let(self._lane())
 
     def _magic(self) -> tuple[int, int, int]:
         return self.magic[self.dtype]
+
+    def _lane(self) -> Expr:
+        """Where in a block the lane's codes lie."""
+        return self.q * (4 * ROWS) + 4 * self.first
 
     def _part_words(self) -> int:
         """Words of a part's scales: halves, or bytes and the halves they share."""
@@ -106,56 +124,64 @@ class Four:
 
     # memory
 
-    def _at(self, block: Expr) -> tuple[Expr, Expr, Expr]:
-        """Where a block's codes, its group's scales and its group's super scales lie."""
-        format, inner = self.format, sum(self.record.values())
-        size = self.block * ROWS * format.bits // 8
+    def unit(self, block: Expr) -> list[Expr]:
+        """Where what is loaded from this block on lies; a multiple of ``depth``."""
+        format, inner, outer = self.format, sum(self.record.values()), 0
         if not format.group:
-            return let(block * size), self.ends, self.ends
-        share = format.group // self.block
-        if format.nested:
-            many = SUPER // format.group
-            outer = 2 * ROWS * self.parts
-            start = let(block // many * (many * inner + outer))
-            own = let(start + outer + block % many * inner)
-            return own, let(own + self._codes_bytes()), start
-        own = let(block // share * inner)
-        return let(own + block % share * size), let(own + self._codes_bytes()), own
+            start = block * self.record["codes"]
+        elif format.nested:
+            many, outer = SUPER // format.group, 2 * ROWS * self.parts
+            start = block // many * (many * inner + outer) + block % many * inner
+        else:
+            start = block // self.share * inner
+        own = let(self.base + wide(start))
+        supers = self.base + wide(block // many * (many * inner + outer)) if outer else own
+        return [
+            let(own + wide(outer + self.lane)),
+            let((own if format.group else self.ends) + wide(outer + self.width * self.first)),
+            let(supers + wide(2 * self.first)),
+        ]
+
+    def load(self, ring: Any, at: int, unit: list[Expr], slot: int, valid: Expr) -> None:
+        codes, scales, supers = unit
+        inner = sum(self.record.values()) if self.format.group else self.record["codes"]
+        start = slot // self.share * inner
+        self._load_codes(ring, at, codes, start + slot % self.share * self.bytes, valid)
+        at += self.channels * self.code_words
+        start = start + self._codes_bytes() if self.format.group else 0
+        for part in range(self.parts):
+            own = scales + (start + part * ROWS * self.width)
+            self._read(ring, at, own, self.channels * self.width, valid)
+            if self.format.nested:
+                own = supers + part * 2 * ROWS
+                self._read(ring, at + 1, own, 2 * self.channels, valid)
+            at += self._part_words()
 
     def _codes_bytes(self) -> int:
         return self.record["codes"] + self.record.get("high", 0)
 
-    def load(self, ring: Any, at: int, block: Expr, valid: Expr) -> None:
-        codes, scales, supers = self._at(block)
-        self._load_codes(ring, at, codes, valid)
-        at += self.channels * self.code_words
-        for part in range(self.parts):
-            if self.format.nested:
-                own = scales + part * ROWS + self.first
-                self._read(ring, at, own, self.channels, valid)
-                own = supers + part * 2 * ROWS + 2 * self.first
-                self._read(ring, at + 1, own, 2 * self.channels, valid)
-            else:
-                own = scales + part * 2 * ROWS + 2 * self.first
-                self._read(ring, at, own, 2 * self.channels, valid)
-            at += self._part_words()
+    def prefetch(self, begin: Expr, end: Expr) -> None:
+        """Ask for the first lines of the blocks of a warp."""
+        lanes = 32 // self.tiles
+        line = let((4 * self.g + self.q) % lanes * 128)
+        for start in range(0, 4096, 128 * lanes):
+            own = self.unit(begin)[0] - wide(self.lane) + wide(line + start)
+            last = self.unit(end)[0] - wide(self.lane)
+            call("prefetch", address(self.packed, own), T.cast(own < last, "int32"))
 
-    def _load_codes(self, ring: Any, at: int, start: Expr, valid: Expr) -> None:
+    def _load_codes(self, ring: Any, at: int, codes: Expr, start: int, valid: Expr) -> None:
         size = 4 * self.channels
         for i in range(self.code_words):
-            own = start + (4 * i + self.q) * (4 * ROWS) + 4 * self.first
-            call(f"stream{size}", address(ring, at + i * self.channels), self._source(own), valid)
+            source = address(self.packed, codes + (start + i * (16 * ROWS)))
+            call(f"stream{size}", address(ring, at + i * self.channels), source, valid)
 
     def _read(self, ring: Any, at: int, start: Expr, size: int, valid: Expr) -> None:
-        call(f"shared{size}", address(ring, at), self._source(start), valid)
-
-    def _source(self, start: Expr) -> Expr:
-        return address(self.packed, self.base + wide(start))
+        call(f"shared{size}", address(ring, at), address(self.packed, start), valid)
 
     # operands
 
     def _number(self, word: Expr) -> Expr:
-        return let((word & T.uint32(self.mask)) | T.uint32(self.bits))
+        return call("and_or", word, T.uint32(self.mask), T.uint32(self.bits))
 
     def pairs(self, word: Expr) -> list[Expr]:
         """Columns (0, 2), (4, 6), (1, 3), (5, 7)."""
@@ -173,8 +199,8 @@ class Four:
                     for c in range(0, self.channels, 2)
                 ]
 
-    def load_activations(self, words: Any, x: Any, start: Expr, block: Expr) -> None:
-        call("given16", address(words, 0), address(x, start + wide(block * 32 + 8 * self.q)))
+    def load_activations(self, words: Any, x: Any, start: Expr) -> None:
+        call("given16", address(words, 0), address(x, start + wide(8 * self.q)))
 
     def activations(self, words: Any) -> tuple[list[Pair], list[Pair]]:
         """By step: the two operands; and those whose sum is that of the activations."""
@@ -200,8 +226,8 @@ class Four:
         return found
 
     def _halves(self, ring: Any, at: int) -> list[Expr]:
-        words = [ring[at + i // 2] for i in range(self.channels)]
-        return [call("float_f16", _right(word, i % 2 * 16)) for i, word in enumerate(words)]
+        names = ("float_f16", "float_upper_f16")
+        return [call(names[i % 2], ring[at + i // 2]) for i in range(self.channels)]
 
     def _byte(self, word: Expr, index: int) -> Expr:
         if not self.format.zero:
@@ -227,9 +253,9 @@ class Eight(Four):
         step = 4 if self.dtype == "bfloat16" else 8
         return [self._number(_right(word, at)) for at in range(0, 16, step)]
 
-    def load_activations(self, words: Any, x: Any, start: Expr, block: Expr) -> None:
+    def load_activations(self, words: Any, x: Any, start: Expr) -> None:
         for i in range(2):
-            own = start + wide(block * 32 + 16 * i + 4 * self.q)
+            own = start + wide(16 * i + 4 * self.q)
             call("given8", address(words, 2 * i), address(x, own))
 
     def activations(self, words: Any) -> tuple[list[Pair], list[Pair]]:
@@ -246,12 +272,14 @@ class Six(Four):
     block, code_words, activation_words = 16, 2, 2
     magic = {"bfloat16": (0x00FF00FF, 0x43004300, 128), "float16": (0x00FF00FF, 0x64006400, 1024)}
 
-    def _load_codes(self, ring: Any, at: int, start: Expr, valid: Expr) -> None:
+    def _lane(self) -> Expr:
+        return self.q // 2 * (4 * ROWS) + 4 * self.first
+
+    def _load_codes(self, ring: Any, at: int, codes: Expr, start: int, valid: Expr) -> None:
         size = 4 * self.channels
-        low = start + self.q // 2 * (4 * ROWS) + 4 * self.first
-        call(f"shared{size}", address(ring, at), self._source(low), valid)
-        high = start + self.record["codes"] + 4 * self.first
-        call(f"shared{size}", address(ring, at + self.channels), self._source(high), valid)
+        high = codes + (start + self.record["codes"]) - wide(self.q // 2 * (4 * ROWS))
+        for place, own in ((at, codes + start), (at + self.channels, high)):
+            call(f"shared{size}", address(ring, place), address(self.packed, own), valid)
 
     def steps(self, ring: Any, at: int) -> Iterator[list[list[Expr]]]:
         own = []
@@ -266,9 +294,8 @@ class Six(Four):
             for c in range(0, self.channels, 2)
         ]
 
-    def load_activations(self, words: Any, x: Any, start: Expr, block: Expr) -> None:
-        own = start + wide(block * 16 + 4 * self.q)
-        call("given8", address(words, 0), address(x, own))
+    def load_activations(self, words: Any, x: Any, start: Expr) -> None:
+        call("given8", address(words, 0), address(x, start + wide(4 * self.q)))
 
     def activations(self, words: Any) -> tuple[list[Pair], list[Pair]]:
         found = [_even_odd(words[0], words[1])]
