@@ -33,6 +33,8 @@ class Case:
     depth: int
     bias: bool
     overlapping: bool = False
+    ahead: int = 3
+    resident: int = 1
 
     @property
     def channels(self) -> int:
@@ -66,8 +68,9 @@ def linear(
         x, columns = torch.nn.functional.pad(x, (0, missing)), columns + missing
     if format in HALVES and columns % 32:
         raise KernelError(f"no CUDA kernel for {columns} columns in {format}")
-    tiles, warps, depth = plan or _plan(x.device, format, channels, columns, count)
-    case = Case(dtype, format, 8 if count <= 8 else 16, tiles, warps, depth, bias is not None, major >= 9)
+    tiles, warps, depth, *rest = plan or _plan(x.device, format, channels, columns, count)
+    rows, last = 8 if count <= 8 else 16, (bias is not None, major >= 9, *rest)
+    case = Case(dtype, format, rows, tiles, warps, depth, *last)
     out = x.new_empty(count, channels)
     added = () if bias is None else (_aligned(bias.to(x.dtype)),)
     _kernel(x.device, case)(

@@ -40,6 +40,7 @@ def build(case: Case) -> Any:
             T.launch_thread("blockIdx.x", (a.channels + case.channels - 1) // case.channels) as strip,
             T.launch_thread("blockIdx.y", (a.count + case.rows - 1) // case.rows) as piece,
             T.launch_thread("threadIdx.x", case.warps * 32) as thread,
+            T.attr(0, "tirx.launch_bounds_min_blocks_per_sm", case.resident),
         ):
             Product(case, a, strip, piece, thread).emit()
     return builder.get().with_attr("global_symbol", "cuda_linear").with_attr("s_tir", False)
@@ -83,7 +84,8 @@ class Product:
         end = let(T.min(units * (self.warp + 1) // case.warps * depth, blocks))
         if case.overlapping:
             call("begin_next")
-            self.weights.prefetch(begin, end)
+            for i in range(case.ahead):
+                self._prefetch(begin + i * depth, end)
             call("end_previous")
         store(block, 0, begin)
         unit = self.weights.unit(begin)
@@ -98,12 +100,18 @@ class Product:
             for slot in range(depth):
                 self._multiply(slot, given)
                 self._load(unit, slot, following, end)
+            if case.ahead > 1:
+                self._prefetch(start + case.ahead * depth, end)
         rest = let(block[0])
         given = self._given(rest)
         for slot in range(depth - 1):
             with T.If(rest + slot < end), T.Then():
                 self._multiply(slot, given)
         self._write()
+
+    def _prefetch(self, block: Expr, end: Expr) -> None:
+        own = let(block)
+        self.weights.prefetch(own, self.case.depth, own < end)
 
     def _load(self, unit: list[Expr], slot: int, start: Expr, end: Expr) -> None:
         valid = let(T.cast(start + slot < end, "int32"))

@@ -62,11 +62,11 @@ class Halves:
             source = address(self.packed, start + slot * self.block)
             call("stream16", address(ring, at + 4 * e), source, valid)
 
-    def prefetch(self, begin: Expr, end: Expr) -> None:
-        for start in self.starts:
-            block = let(begin + 2 * self.q)
-            source = address(self.packed, start + wide(begin * 32 + 56 * self.q))
-            call("prefetch", source, T.cast(block < end, "int32"))
+    def prefetch(self, block: Expr, depth: int, valid: Expr) -> None:
+        """Ask for the lines of ``depth`` blocks."""
+        for start in self.unit(block):
+            own = T.And(valid, self.q < depth // 2)
+            call("prefetch", address(self.packed, start + wide(56 * self.q)), T.cast(own, "int32"))
 
     def steps(self, ring: Any, at: int) -> Iterator[list[list[Expr]]]:
         for k in range(2):
@@ -160,14 +160,16 @@ class Four:
     def _codes_bytes(self) -> int:
         return self.record["codes"] + self.record.get("high", 0)
 
-    def prefetch(self, begin: Expr, end: Expr) -> None:
-        """Ask for the first lines of the blocks of a warp."""
-        lanes = 32 // self.tiles
-        line = let((4 * self.g + self.q) % lanes * 128)
-        for start in range(0, 4096, 128 * lanes):
-            own = self.unit(begin)[0] - wide(self.lane) + wide(line + start)
-            last = self.unit(end)[0] - wide(self.lane)
-            call("prefetch", address(self.packed, own), T.cast(own < last, "int32"))
+    def prefetch(self, block: Expr, depth: int, valid: Expr) -> None:
+        """Ask for the lines of ``depth`` blocks."""
+        inner = sum(self.record.values()) if self.format.group else self.record["codes"]
+        lines, lanes = -(-depth // self.share * inner // 128), 32 // self.tiles
+        line = let((4 * self.g + self.q) % lanes)
+        start = self.unit(block)[0] - wide(self.lane)
+        for first in range(0, lines, lanes):
+            own = T.And(valid, line + first < lines)
+            source = address(self.packed, start + wide((line + first) * 128))
+            call("prefetch", source, T.cast(own, "int32"))
 
     def _load_codes(self, ring: Any, at: int, codes: Expr, start: int, valid: Expr) -> None:
         size = 4 * self.channels
