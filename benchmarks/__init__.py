@@ -7,6 +7,7 @@ SUITES = {
     "cuda": "regraft.benchmarks.cuda",
     "perplexity": "regraft.benchmarks.perplexity",
     "linear": "regraft.benchmarks.linear",
+    "linear-cuda": "regraft.benchmarks.linear_cuda",
     "kv-quality": "regraft.benchmarks.kv_quality",
     "onnx-export": "regraft.benchmarks.onnx_export",
     "onnx-models": "regraft.benchmarks.onnx_models",

@@ -68,7 +68,8 @@ def kernel(
     """The compiled function ``name`` of the PrimFunc or IRModule that ``make()`` returns.
 
     ``target`` is TVM's, as a dictionary; ``key`` tells apart what else ``make`` depends on, by its
-    repr. overlapping: see ``overlap.py``. ``make`` is called, and TVM imported, only where no file of an earlier call is found.
+    repr. overlapping: see ``overlap.py``. ``make`` is called, and TVM imported, only where no file
+    of an earlier call is found.
     Raises KernelError, and again at each later call without another try.
     """
     identity = hashlib.sha256(repr((name, key, dict(target), _source())).encode()).hexdigest()[:24]
@@ -147,7 +148,9 @@ def _compile(
         with tvm.transform.PassContext(opt_level=3, config=config), tvm.target.Target(target):
             pipeline = "s_tir" if target["kind"] == "llvm" else "tirx"
             if overlapping:
-                from regraft.kernels.overlap import NAME as pipeline
+                from regraft.kernels import overlap
+
+                pipeline = overlap.NAME
             compiled = tvm.compile(module, tvm.target.Target(target), tir_pipeline=pipeline)
         compiled.export_library(str(path), cc=compiler)
     except ImportError as error:

@@ -30,7 +30,7 @@ def _asked(kind: str, words: int) -> str:
     if not words:
         return (
             'asm("{.reg .pred p; .reg .u16 h; setp.ne.s32 p, %2, 0; mov.u16 h, 0; '
-            f'@p ld.global.{kind}.u16 h, [%1]; '
+            f"@p ld.global.{kind}.u16 h, [%1]; "
             'cvt.u32.u16 %0, h;}" : "=r"(d[0]) : "l"(s), "r"(valid));'
         )
     places = [f"%{i}" for i in range(words)]
@@ -76,7 +76,10 @@ FUNCTIONS: dict[str, tuple[str, str, str]] = {
         for name, kind in (("stream", "nc.L1::no_allocate"), ("shared", "nc"))
         for size in (16, 8, 4, 2)
     },
-    **{f"given{size}": ("void", "unsigned* d, const void* s", _given(size // 4)) for size in (16, 8)},
+    **{
+        f"given{size}": ("void", "unsigned* d, const void* s", _given(size // 4))
+        for size in (16, 8)
+    },
     "prefetch": (
         "void",
         "const void* s, int valid",

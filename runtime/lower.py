@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from regraft.kernels.kvquant.codebook import Codebook, fixed
+from regraft.kernels.linear.formats import HALVES
 from regraft.kernels.linear.reference import linear
 from regraft.kernels.ops import causal_mask
 from regraft.program import CacheSpec, LayerState, Program, RegraftError
@@ -107,7 +108,14 @@ def _lower_regions(module: fx.GraphModule, ids: fx.Node) -> dict[str, Region]:
 def take_linear(graph: fx.Graph) -> None:
     """Run linear layers of few rows at the speed of memory."""
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default):
-        node.target = linear
+        weight: Any = node.args[1].meta.get("val")
+        name = str(weight.dtype).removeprefix("torch.") if torch.is_tensor(weight) else ""
+        if name in HALVES and weight.is_cuda and weight.dim() == 2 and weight.shape[1] % 32 == 0:
+            bias = node.args[2] if len(node.args) > 2 else None
+            node.args = (*node.args[:2], bias, name, int(weight.shape[0]))
+            node.target = regraft.packed_linear.default
+        else:
+            node.target = linear
 
 
 def _is_causal(node: fx.Node) -> bool:

@@ -16,29 +16,38 @@ from regraft.kernels import launch
 from regraft.kernels.compiled import KernelError, kernel
 from regraft.kernels.linear.formats import HALVES, ROWS, parse
 
-TYPES = (torch.float16, torch.bfloat16)
+TYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a product is laid out: tiles of weights and warps of a block of threads, of which
+    ``resident`` are to fit a processor at once; blocks of columns that a warp holds, 4 or 8, and
+    how many times as many it asks memory for before."""
+
+    tiles: int
+    warps: int
+    depth: int
+    ahead: int
+    resident: int
 
 
 @dataclass(frozen=True)
 class Case:
-    """What a kernel is generated for: up to ``rows``, 8 or 16, of activations at once; tiles of
-    weights and warps of a block of threads, and blocks of columns that a warp asks for at once, 4 or
-    8. overlapping: it begins while the kernel before it ends."""
+    """What a kernel is generated for: up to ``rows``, 8 or 16, of activations at once, and whether
+    it begins while the kernel before it ends."""
 
     dtype: str
+    result: str
     format: str
     rows: int
-    tiles: int
-    warps: int
-    depth: int
     bias: bool
-    overlapping: bool = False
-    ahead: int = 3
-    resident: int = 1
+    overlapping: bool
+    plan: Plan
 
     @property
     def channels(self) -> int:
-        return self.tiles * ROWS
+        return self.plan.tiles * ROWS
 
 
 def linear(
@@ -47,44 +56,73 @@ def linear(
     bias: Tensor | None,
     format: str,
     channels: int,
-    plan: tuple[int, int, int] | None = None,
+    plan: Plan | None = None,
 ) -> Tensor:
-    """x [n, columns] of half precision times packed weights [channels, columns], plus bias
-    [channels], in the type of x: sums are float32. The weights are read again for each 16 rows.
+    """x [n, columns] times packed weights [channels, columns], plus bias [channels], in the type of
+    x: sums are float32. The weights are read again for each 16 rows.
 
-    plan: tiles, warps and depth of ``Case``; what suits the sizes by default. Runs on the current
-    stream and waits for nothing. Raises KernelError for other types than float16 and bfloat16 (and,
-    where weights are of half precision, than theirs), columns that are no multiple of 32 then, GPUs
-    before Ampere, and where nothing can be compiled.
+    x float32 meets packed weights as three of bfloat16, which lose nothing. plan: what suits the
+    sizes by default. Runs on the current stream and waits for nothing. Raises KernelError for other
+    types of x than float32, float16 and bfloat16 (than theirs, where weights are of half precision)
+    and for columns that are no multiple of 32 then, for GPUs before Ampere, and where nothing can
+    be compiled.
     """
-    dtype = str(x.dtype).removeprefix("torch.")
-    count, columns = x.shape
-    if x.dtype not in TYPES or (format in HALVES and dtype != format):
-        raise KernelError(f"no CUDA kernel for activations of {dtype} and weights in {format}")
-    major = torch.cuda.get_device_properties(x.device).major
-    if major < 8:
+    properties = torch.cuda.get_device_properties(x.device)
+    name = str(x.dtype).removeprefix("torch.")
+    if (name != format) if format in HALVES else (x.dtype not in TYPES):
+        raise KernelError(f"no CUDA kernel for activations of {name} and weights in {format}")
+    if properties.major < 8:
         raise KernelError("no CUDA kernel for GPUs before Ampere")
-    if format not in HALVES and (missing := parse(format).padded(columns) - columns):
-        x, columns = torch.nn.functional.pad(x, (0, missing)), columns + missing
-    if format in HALVES and columns % 32:
-        raise KernelError(f"no CUDA kernel for {columns} columns in {format}")
-    tiles, warps, depth, *rest = plan or _plan(x.device, format, channels, columns, count)
-    rows, last = 8 if count <= 8 else 16, (bias is not None, major >= 9, *rest)
-    case = Case(dtype, format, rows, tiles, warps, depth, *last)
+    if format in HALVES and x.shape[1] % 32:
+        raise KernelError(f"no CUDA kernel for {x.shape[1]} columns in {format}")
+    if format not in HALVES and (missing := parse(format).padded(x.shape[1]) - x.shape[1]):
+        x = torch.nn.functional.pad(x, (0, missing))
+    exact = x.dtype == torch.float32
+    given = _three(x) if exact else _aligned(x)
+    count, columns = given.shape
+    plan = plan or plan_for(format, channels, properties.multi_processor_count, count)
+    added = None if bias is None or exact else _aligned(bias.to(x.dtype))
+    dtype = str(given.dtype).removeprefix("torch.")
+    overlapping = properties.major >= 9
+    rows = 8 if count <= 8 else 16
+    case = Case(dtype, name, format, rows, added is not None, overlapping, plan)
     out = x.new_empty(count, channels)
-    added = () if bias is None else (_aligned(bias.to(x.dtype)),)
     _kernel(x.device, case)(
-        *(_aligned(x).view(-1), _aligned(packed).view(-1), *added, out.view(-1)),
-        *(count, columns, channels, packed.shape[1]),
+        *(given.view(-1), _aligned(packed).view(-1), *(() if added is None else (added,))),
+        *(out.view(-1), count, columns, channels, packed.shape[1]),
     )
+    if exact:
+        out = out.view(3, -1, channels).sum(0)
+        return out if bias is None else out.add_(bias)
     return out
 
 
-def _plan(
-    device: torch.device, format: str, channels: int, columns: int, count: int
-) -> tuple[int, int, int]:
-    """Tiles, warps and depth."""
-    return (1, 8, 4)
+def plan_for(format: str, channels: int, processors: int, count: int) -> Plan:
+    """What was fastest on an H100, by tiles a processor. Where there are few, more warps share the
+    columns; all blocks of threads should run at once, with room for the next kernel's first."""
+    each = channels / ROWS / processors
+    ahead = 3 if each > 32 else 1
+    if format in HALVES:
+        return Plan(1, 16 if each <= 1 else 8, 4, ahead, 1)
+    kind = parse(format)
+    if count > 8 or kind.bits == 6:
+        return Plan(1, 16, 4, ahead, 1) if each <= 2 else Plan(1, 8, 4, ahead, 2)
+    if each <= 2:
+        return Plan(2, 16, 4, ahead, 1) if kind.nested else Plan(1, 16, 4, ahead, 2)
+    if each <= 4:
+        return Plan(2, 8, 4, ahead, 2)
+    if kind.nested:
+        return Plan(2, 4, 4, ahead, 5)
+    return Plan(1, 8, 4, ahead, 4) if kind.bits == 8 else Plan(1, 4, 4, ahead, 8)
+
+
+def _three(x: Tensor) -> Tensor:
+    """bfloat16 [3 * n, columns], three numbers whose sum is that of x [n, columns]."""
+    parts = []
+    for _ in range(3):
+        parts.append(x.bfloat16())
+        x = x - parts[-1].float()
+    return torch.cat(parts)
 
 
 def _aligned(x: Tensor) -> Tensor:

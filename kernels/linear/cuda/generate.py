@@ -26,7 +26,7 @@ from regraft.kernels.device import (
 )
 from regraft.kernels.linear.cuda import Case
 from regraft.kernels.linear.cuda.weights import Place, weights
-from regraft.kernels.linear.formats import HALVES, ROWS
+from regraft.kernels.linear.formats import HALVES
 
 ONES = {"float16": 0x3C003C00, "bfloat16": 0x3F803F80}
 
@@ -37,10 +37,12 @@ def build(case: Case) -> Any:
         T.func_name("cuda_linear")
         a = Arguments(case)
         with (
-            T.launch_thread("blockIdx.x", (a.channels + case.channels - 1) // case.channels) as strip,
+            T.launch_thread(
+                "blockIdx.x", (a.channels + case.channels - 1) // case.channels
+            ) as strip,
             T.launch_thread("blockIdx.y", (a.count + case.rows - 1) // case.rows) as piece,
-            T.launch_thread("threadIdx.x", case.warps * 32) as thread,
-            T.attr(0, "tirx.launch_bounds_min_blocks_per_sm", case.resident),
+            T.launch_thread("threadIdx.x", case.plan.warps * 32) as thread,
+            T.attr(0, "tirx.launch_bounds_min_blocks_per_sm", case.plan.resident),
         ):
             Product(case, a, strip, piece, thread).emit()
     return builder.get().with_attr("global_symbol", "cuda_linear").with_attr("s_tir", False)
@@ -53,7 +55,7 @@ class Arguments:
         self.x = vector("x", case.dtype)
         self.packed = vector("packed", case.format if case.format in HALVES else "uint8")
         self.bias = vector("bias", case.dtype) if case.bias else None
-        self.out = vector("out", case.dtype)
+        self.out = vector("out", case.result)
         for name in ("count", "columns", "channels", "size"):
             setattr(self, name, T.arg(name, T.int32()))
 
@@ -66,25 +68,25 @@ class Product:
         self.warp, lane = let(thread // 32), let(thread % 32)
         self.g, self.q = let(lane // 4), let(lane % 4)
         self.first_row, self.first_channel = let(piece * case.rows), let(strip * case.channels)
-        place = Place(self.g, self.q, let(strip * case.tiles), a.channels, a.size)
-        self.weights = weights(case.format, case.dtype, a.packed, a.columns, place, case.tiles)
+        place = Place(self.g, self.q, let(strip * case.plan.tiles), a.channels, a.size)
+        self.weights = weights(case.format, case.dtype, a.packed, a.columns, place, case.plan.tiles)
         rows = [self.first_row + 8 * tile + self.g for tile in range(case.rows // 8)]
         self.starts = [let(wide_row(T.min(row, a.count - 1)) * wide(a.columns)) for row in rows]
-        self.ring = registers(case.depth * self.weights.words, "uint32")
+        self.ring = registers(case.plan.depth * self.weights.words, "uint32")
         self.sums = registers(2 * self.weights.channels * len(rows))
         for i in range(int(self.sums.shape[0])):
             store(self.sums, i, T.float32(0))
 
     def emit(self) -> None:
-        case, depth = self.case, self.case.depth
+        case, depth = self.case, self.case.plan.depth
         blocks = let(self.a.columns // self.weights.block)
         units = let((blocks + depth - 1) // depth)
         block = registers(1, "int32")
-        begin = let(units * self.warp // case.warps * depth)
-        end = let(T.min(units * (self.warp + 1) // case.warps * depth, blocks))
+        begin = let(units * self.warp // case.plan.warps * depth)
+        end = let(T.min(units * (self.warp + 1) // case.plan.warps * depth, blocks))
         if case.overlapping:
             call("begin_next")
-            for i in range(case.ahead):
+            for i in range(case.plan.ahead):
                 self._prefetch(begin + i * depth, end)
             call("end_previous")
         store(block, 0, begin)
@@ -100,8 +102,8 @@ class Product:
             for slot in range(depth):
                 self._multiply(slot, given)
                 self._load(unit, slot, following, end)
-            if case.ahead > 1:
-                self._prefetch(start + case.ahead * depth, end)
+            if case.plan.ahead > 1:
+                self._prefetch(start + case.plan.ahead * depth, end)
         rest = let(block[0])
         given = self._given(rest)
         for slot in range(depth - 1):
@@ -111,7 +113,7 @@ class Product:
 
     def _prefetch(self, block: Expr, end: Expr) -> None:
         own = let(block)
-        self.weights.prefetch(own, self.case.depth, own < end)
+        self.weights.prefetch(own, self.case.plan.depth, own < end)
 
     def _load(self, unit: list[Expr], slot: int, start: Expr, end: Expr) -> None:
         valid = let(T.cast(start + slot < end, "int32"))
@@ -164,7 +166,7 @@ class Product:
         """Add up the warps' sums and write those of rows and channels that there are."""
         case, a, w = self.case, self.a, self.weights
         size = case.rows * case.channels
-        shared = T.alloc_buffer((case.warps * size,), "float32", scope="shared")
+        shared = T.alloc_buffer((case.plan.warps * size,), "float32", scope="shared")
         left = let(a.count - self.first_row)
         for i in range(int(self.sums.shape[0])):
             tile, own = divmod(i, 2 * w.channels)
@@ -173,16 +175,16 @@ class Product:
                 at = (self.warp * case.rows + row) * case.channels + w.channel(own // 2, self.g)
                 store(shared, at, self.sums[i])
         T.evaluate(T.tvm_storage_sync("shared"))
-        for start in range(0, size, case.warps * 32):
+        for start in range(0, size, case.plan.warps * 32):
             index = let(self.thread + start)
             row = let(index // case.channels)
             channel = let(self.first_channel + index % case.channels)
             with T.If(T.And(row < T.min(left, case.rows), channel < a.channels)), T.Then():
                 total = registers(1)
                 store(total, 0, T.float32(0))
-                for warp in range(case.warps):
+                for warp in range(case.plan.warps):
                     store(total, 0, total[0] + shared[warp * size + index])
                 if a.bias is not None:
                     store(total, 0, total[0] + T.cast(a.bias[channel], "float32"))
                 place = wide_row(self.first_row + row) * wide(a.channels) + wide(channel)
-                store(a.out, place, T.cast(total[0], case.dtype))
+                store(a.out, place, T.cast(total[0], case.result))

@@ -13,7 +13,7 @@ from typing import Any
 
 from tvm.tirx.script.builder import ir as T
 
-from regraft.kernels.device import Expr, address, call, let, store, wide, wide_row
+from regraft.kernels.device import Expr, address, call, let, wide, wide_row
 from regraft.kernels.linear.formats import HALVES, ROWS, SUPER, Format, parse
 
 Pair = tuple[Expr, Expr]
@@ -292,8 +292,7 @@ class Six(Four):
             code = let((low & T.uint32(0x0F0F0F0F)) | high)
             own.append([self._number(code), self._number(_right(code, 8))])
         yield [
-            [own[c][0], own[c + 1][0], own[c][1], own[c + 1][1]]
-            for c in range(0, self.channels, 2)
+            [own[c][0], own[c + 1][0], own[c][1], own[c + 1][1]] for c in range(0, self.channels, 2)
         ]
 
     def load_activations(self, words: Any, x: Any, start: Expr) -> None:
