@@ -73,7 +73,7 @@ FUNCTIONS: dict[str, tuple[str, str, str]] = {
     ),
     **{
         f"{name}{size}": ("void", "unsigned* d, const void* s, int valid", _asked(kind, size // 4))
-        for name, kind in (("stream", "nc.L1::no_allocate"), ("shared", "nc"))
+        for name, kind in (("stream", "nc.L1::no_allocate"), ("held", "nc"))
         for size in (16, 8, 4, 2)
     },
     **{

@@ -80,7 +80,7 @@ def linear(
     exact = x.dtype == torch.float32
     given = _three(x) if exact else _aligned(x)
     count, columns = given.shape
-    plan = plan or plan_for(format, channels, properties.multi_processor_count, count)
+    plan = plan or plan_for(format, channels, columns, properties.multi_processor_count, count)
     added = None if bias is None or exact else _aligned(bias.to(x.dtype))
     dtype = str(given.dtype).removeprefix("torch.")
     overlapping = properties.major >= 9
@@ -97,23 +97,26 @@ def linear(
     return out
 
 
-def plan_for(format: str, channels: int, processors: int, count: int) -> Plan:
-    """What was fastest on an H100, by tiles a processor. Where there are few, more warps share the
-    columns; all blocks of threads should run at once, with room for the next kernel's first."""
+def plan_for(format: str, channels: int, columns: int, processors: int, count: int) -> Plan:
+    """What was fastest on an H100: as many blocks of threads a processor as there are to run, so
+    that all begin at once, the next kernel's wait beside them, and none is left for the end."""
     each = channels / ROWS / processors
     ahead = 3 if each > 32 else 1
     if format in HALVES:
         return Plan(1, 16 if each <= 1 else 8, 4, ahead, 1)
-    kind = parse(format)
-    if count > 8 or kind.bits == 6:
-        return Plan(1, 16, 4, ahead, 1) if each <= 2 else Plan(1, 8, 4, ahead, 2)
-    if each <= 2:
-        return Plan(2, 16, 4, ahead, 1) if kind.nested else Plan(1, 16, 4, ahead, 2)
+    if count > 8 or parse(format).bits == 6:
+        if each <= 3:
+            return Plan(1, 8, 4, ahead, 2 if each <= 2 else 3)
+        return Plan(1, 4, 4, ahead, 4)
+    if each <= 1 or (each <= 2 and columns > 8192):
+        return Plan(2, 16, 4, ahead, 1) if parse(format).nested else Plan(1, 16, 4, ahead, 2)
+    if each <= 3:
+        return Plan(1, 8, 4, ahead, 2 if each <= 2 else 3)
     if each <= 4:
         return Plan(2, 8, 4, ahead, 2)
-    if kind.nested:
-        return Plan(2, 4, 4, ahead, 5)
-    return Plan(1, 8, 4, ahead, 4) if kind.bits == 8 else Plan(1, 4, 4, ahead, 8)
+    if each <= 32:
+        return Plan(2, 4, 4, ahead, 4)
+    return Plan(2, 4, 4, ahead, 5) if parse(format).nested else Plan(1, 8, 4, ahead, 4)
 
 
 def _three(x: Tensor) -> Tensor:

@@ -112,8 +112,8 @@ class Product:
         self._write()
 
     def _prefetch(self, block: Expr, end: Expr) -> None:
-        own = let(block)
-        self.weights.prefetch(own, self.case.plan.depth, own < end)
+        own, depth = let(block), self.case.plan.depth
+        self.weights.prefetch(own, depth, own + depth <= end)
 
     def _load(self, unit: list[Expr], slot: int, start: Expr, end: Expr) -> None:
         valid = let(T.cast(start + slot < end, "int32"))

@@ -83,7 +83,8 @@ class Halves:
 class Four:
     """Codes of four bits: a word is eight columns of a channel."""
 
-    block, code_words, activation_words = 32, 1, 4
+    block, code_words = 32, 1
+    # the bits of a word that become numbers, those put before them, and what these add
     magic = {"bfloat16": (0x000F000F, 0x43004300, 128), "float16": (0x00F000F0, 0x54005400, 64)}
     scaled = True
 
@@ -97,8 +98,8 @@ class Four:
         self.base = let(wide_row(own) * wide(place.size))
         self.first = let(place.g * 2 if tiles == 1 else place.g % 4 * 4)
         self.record = format.record(format.group or self.block)
-        self.mask, self.bits, self.offset = self._magic()
-        self.offset += format.middle
+        self.mask, self.bits, offset = self.magic[dtype]
+        self.offset = offset + format.middle
         self.parts = len(format.kinds)
         self.words = self.channels * self.code_words + self.parts * self._part_words()
         self.ends = let(self.base + wide(columns * ROWS))
@@ -106,9 +107,6 @@ class Four:
         self.bytes = self.block * ROWS * format.bits // 8
         self.width = 1 if format.nested else 2
         self.lane = let(self._lane())
-
-    def _magic(self) -> tuple[int, int, int]:
-        return self.magic[self.dtype]
 
     def _lane(self) -> Expr:
         """Where in a block the lane's codes lie."""
@@ -178,7 +176,7 @@ class Four:
             call(f"stream{size}", address(ring, at + i * self.channels), source, valid)
 
     def _read(self, ring: Any, at: int, start: Expr, size: int, valid: Expr) -> None:
-        call(f"shared{size}", address(ring, at), address(self.packed, start), valid)
+        call(f"held{size}", address(ring, at), address(self.packed, start), valid)
 
     # operands
 
@@ -271,7 +269,7 @@ class Eight(Four):
 class Six(Four):
     """Codes of six bits: a step of four columns a lane, two bits apart from the other four."""
 
-    block, code_words, activation_words = 16, 2, 2
+    block, code_words = 16, 2
     magic = {"bfloat16": (0x00FF00FF, 0x43004300, 128), "float16": (0x00FF00FF, 0x64006400, 1024)}
 
     def _lane(self) -> Expr:
@@ -281,7 +279,7 @@ class Six(Four):
         size = 4 * self.channels
         high = codes + (start + self.record["codes"]) - wide(self.q // 2 * (4 * ROWS))
         for place, own in ((at, codes + start), (at + self.channels, high)):
-            call(f"shared{size}", address(ring, place), address(self.packed, own), valid)
+            call(f"held{size}", address(ring, place), address(self.packed, own), valid)
 
     def steps(self, ring: Any, at: int) -> Iterator[list[list[Expr]]]:
         own = []
