@@ -109,9 +109,9 @@ def take_linear(graph: fx.Graph) -> None:
     """Run linear layers of few rows at the speed of memory."""
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default):
         weight: Any = node.args[1].meta.get("val")
-        name = str(weight.dtype).removeprefix("torch.") if torch.is_tensor(weight) else ""
-        if name in HALVES and weight.is_cuda and weight.dim() == 2 and weight.shape[1] % 32 == 0:
+        if torch.is_tensor(weight) and _has_kernel(weight):
             bias = node.args[2] if len(node.args) > 2 else None
+            name = str(weight.dtype).removeprefix("torch.")
             node.args = (*node.args[:2], bias, name, int(weight.shape[0]))
             node.target = regraft.packed_linear.default
         else:
@@ -123,6 +123,12 @@ def _is_causal(node: fx.Node) -> bool:
     if node.target is regraft.attention.default:
         return bool(node.kwargs.get("causal", True))
     return node.target is _attend
+
+
+def _has_kernel(weight: Tensor) -> bool:
+    """Whether CUDA has a kernel for linear layers with this matrix."""
+    plain = weight.dim() == 2 and weight.is_contiguous() and weight.shape[1] % 32 == 0
+    return weight.is_cuda and weight.dtype in HALVES.values() and plain
 
 
 def _lower_attention(graph: fx.Graph, node: fx.Node, cache: fx.Node, index: int) -> None:
