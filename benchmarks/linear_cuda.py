@@ -32,7 +32,7 @@ MODEL: dict[str, Any] = dict(
     vocab_size=128256, max_position_embeddings=8192, tie_word_embeddings=False,
 )  # fmt: skip
 BYTES, CALLS, REPEATS, SAMPLE, PEAK = 200e6, 40, 9, 256, 3.0
-LAYERS, DEPTH, ROUNDS = 16, 128, 60
+LAYERS, DEPTH, ROUNDS = 8, 128, 60
 
 
 def run(quick: bool) -> Result:
