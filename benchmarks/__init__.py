@@ -8,6 +8,7 @@ SUITES = {
     "perplexity": "regraft.benchmarks.perplexity",
     "weights": "regraft.benchmarks.weights",
     "linear": "regraft.benchmarks.linear",
+    "linear-cuda": "regraft.benchmarks.linear_cuda",
     "kv-quality": "regraft.benchmarks.kv_quality",
     "onnx-export": "regraft.benchmarks.onnx_export",
     "onnx-models": "regraft.benchmarks.onnx_models",

@@ -63,21 +63,26 @@ def cpu_level() -> str:
 
 
 def kernel(
-    name: str, make: Callable[[], Any], target: Target, key: Any = ()
+    name: str, make: Callable[[], Any], target: Target, key: Any = (), overlapping: bool = False
 ) -> Callable[..., None]:
     """The compiled function ``name`` of the PrimFunc or IRModule that ``make()`` returns.
 
     ``target`` is TVM's, as a dictionary; ``key`` tells apart what else ``make`` depends on, by its
-    repr. ``make`` is called, and TVM imported, only where no file of an earlier call is found.
+    repr. overlapping: see ``overlap.py``. ``make`` is called, and TVM imported, only where no file
+    of an earlier call is found.
     Raises KernelError, and again at each later call without another try.
     """
     identity = hashlib.sha256(repr((name, key, dict(target), _source())).encode()).hexdigest()[:24]
     if identity in _failed:
         raise KernelError(_failed[identity])
     if identity not in _loaded:
+
+        def compile_(path: Path) -> None:
+            _compile(path, name, make, target, overlapping)
+
         try:
             _prepare(target)
-            file = _find(f"{name}-{identity}.so", lambda path: _compile(path, name, make, target))
+            file = _find(f"{name}-{identity}.so", compile_)
             _loaded[identity] = _load(file, name)
         except KernelError as error:
             _failed[identity] = str(error)
@@ -128,7 +133,9 @@ def _is_whole(path: Path) -> bool:
     return hashlib.sha256(data[:-32]).digest() == data[-32:]
 
 
-def _compile(path: Path, name: str, make: Callable[[], Any], target: Target) -> None:
+def _compile(
+    path: Path, name: str, make: Callable[[], Any], target: Target, overlapping: bool
+) -> None:
     compiler = _compiler()
     if shutil.which("nvcc"):
         os.environ.setdefault("TVM_CUDA_COMPILE_MODE", "nvcc")
@@ -140,6 +147,10 @@ def _compile(path: Path, name: str, make: Callable[[], Any], target: Target) -> 
         config = {"tirx.disable_storage_rewrite": target["kind"] == "llvm"}
         with tvm.transform.PassContext(opt_level=3, config=config), tvm.target.Target(target):
             pipeline = "s_tir" if target["kind"] == "llvm" else "tirx"
+            if overlapping:
+                from regraft.kernels import overlap
+
+                pipeline = overlap.NAME
             compiled = tvm.compile(module, tvm.target.Target(target), tir_pipeline=pipeline)
         compiled.export_library(str(path), cc=compiler)
     except ImportError as error:

@@ -23,6 +23,34 @@ _MMA = """asm("mma.sync.aligned.m16n8k16.row.col.f32.{0}.{0}.f32 "
 _MMA_ARGUMENTS = (
     "float* d, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1"
 )
+
+
+def _asked(kind: str, words: int) -> str:
+    """The body of a load that is left out unless valid."""
+    if not words:
+        return (
+            'asm("{.reg .pred p; .reg .u16 h; setp.ne.s32 p, %2, 0; mov.u16 h, 0; '
+            f"@p ld.global.{kind}.u16 h, [%1]; "
+            'cvt.u32.u16 %0, h;}" : "=r"(d[0]) : "l"(s), "r"(valid));'
+        )
+    places = [f"%{i}" for i in range(words)]
+    vector = f".v{words}" if words > 1 else ""
+    target = f"{{{', '.join(places)}}}" if words > 1 else places[0]
+    outputs = ", ".join(f'"+r"(d[{i}])' for i in range(words))
+    return (
+        f'asm("{{.reg .pred p; setp.ne.s32 p, %{words + 1}, 0; '
+        f'@p ld.global.{kind}{vector}.u32 {target}, [%{words}];}}" '
+        f': {outputs} : "l"(s), "r"(valid));'
+    )
+
+
+def _given(words: int) -> str:
+    """The body of a load of what an earlier kernel may have written."""
+    target = ", ".join(f"%{i}" for i in range(words))
+    outputs = ", ".join(f'"=r"(d[{i}])' for i in range(words))
+    return f'asm volatile("ld.global.v{words}.u32 {{{target}}}, [%{words}];" : {outputs} : "l"(s));'
+
+
 FUNCTIONS: dict[str, tuple[str, str, str]] = {
     # name: (result, parameters, body)
     "load16": ("void", "void* d, const void* s", "*(uint4*)d = __ldcs((const uint4*)s);"),
@@ -42,6 +70,35 @@ FUNCTIONS: dict[str, tuple[str, str, str]] = {
         "void",
         "void* d, unsigned x, unsigned y, unsigned z, unsigned w",
         "*(uint4*)d = make_uint4(x, y, z, w);",
+    ),
+    **{
+        f"{name}{size}": ("void", "unsigned* d, const void* s, int valid", _asked(kind, size // 4))
+        for name, kind in (("stream", "nc.L1::no_allocate"), ("held", "nc"))
+        for size in (16, 8, 4, 2)
+    },
+    **{
+        f"given{size}": ("void", "unsigned* d, const void* s", _given(size // 4))
+        for size in (16, 8)
+    },
+    "prefetch": (
+        "void",
+        "const void* s, int valid",
+        'asm volatile("{.reg .pred p; setp.ne.s32 p, %1, 0; @p prefetch.global.L2 [%0];}" '
+        ':: "l"(s), "r"(valid));',
+    ),
+    "begin_next": ("void", "", 'asm volatile("griddepcontrol.launch_dependents;");'),
+    "end_previous": ("void", "", 'asm volatile("griddepcontrol.wait;" ::: "memory");'),
+    "and_or": (
+        WORD,
+        "unsigned a, unsigned b, unsigned c",
+        'unsigned d; asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(a), "r"(b), "r"(c)); '
+        "return d;",
+    ),
+    "times16_bf16": (
+        WORD,
+        "unsigned a",
+        'unsigned d; asm("fma.rn.bf16x2 %0, %1, %2, %3;" '
+        ': "=r"(d) : "r"(a), "r"(0x41804180), "r"(0x80008000)); return d;',
     ),
     "permute": (
         WORD,
@@ -103,6 +160,12 @@ FUNCTIONS: dict[str, tuple[str, str, str]] = {
         FLOAT,
         "unsigned a",
         'float d; asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, l;}" '
+        ': "=f"(d) : "r"(a)); return d;',
+    ),
+    "float_upper_f16": (
+        FLOAT,
+        "unsigned a",
+        'float d; asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, h;}" '
         ': "=f"(d) : "r"(a)); return d;',
     ),
     "float_bf16": (FLOAT, "unsigned a", "return __uint_as_float(a << 16);"),

@@ -106,32 +106,33 @@ class DenseLayer:
         self._key.reserve(count)
         self._value.reserve(count)
 
-    def step_at(
+    @property
+    def buffers(self) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, H, capacity, D], room for later tokens included."""
+        key, value = self._key.data, self._value.data
+        assert key is not None and value is not None
+        return key, value
+
+    def attend_at(
         self,
         position: Tensor,
         q: Tensor,
-        k: Tensor,
-        v: Tensor,
         mask: Tensor,
         scale: float,
         softcap: float,
         sinks: Tensor | None,
     ) -> Tensor:
-        """``step`` for one rotated token at position [1] of the full buffers, whose length stays;
-        mask [B, 1, 1, capacity] is True where the token attends."""
-        key, value = self._key.data, self._value.data
-        assert key is not None and value is not None
-        key.index_copy_(2, position, k)
-        value.index_copy_(2, position, v)
+        """Attend with one rotated token, whose key and value are at position [1] of the buffers;
+        mask [B, 1, 1, capacity] is True where it attends."""
         return attend(
-            *(q, key, value, mask, scale, softcap, sinks),
+            *(q, *self.buffers, mask, scale, softcap, sinks),
             causal=False,
             position=position,
             kernels=self._kernels,
         )
 
     def advance(self) -> None:
-        """Count the token that ``step_at`` wrote."""
+        """Count the token that was written into the buffers."""
         self._key.length += 1
         self._value.length += 1
 

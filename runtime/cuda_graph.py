@@ -6,6 +6,7 @@ the cache outgrows them.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from regraft.kernels.ops import causal_mask
 from regraft.kernels.rotary.reference import rotate
 from regraft.runtime import lower
 from regraft.runtime.cache import CacheState, DenseLayer
+from regraft.runtime.regions import wanted
 
 ROOM = 512
 WARM_UP = 2
@@ -67,9 +69,25 @@ def _rows(cache: Any, cos: Tensor, sin: Tensor, index: int) -> tuple[Tensor, Ten
 
 
 def _attend(cache, index, q, k, v, rows, mask, scale, softcap, sinks, interleaved, offset):
+    layer = cache.layers[index]
+    write = _fused() if q.is_cuda and wanted() else _write
+    q = write(cache.position, q, k, v, rows, *layer.buffers, interleaved, offset)
+    return layer.attend_at(cache.position, q, mask, scale, softcap, sinks)
+
+
+def _write(position, q, k, v, rows, key, value, interleaved, offset):
+    """Write the rotated keys and the values of a token at its position; its rotated queries."""
     if rows is not None:
-        q, k = (rotate(x, *rows, interleaved, offset) for x in (q, k))
-    return cache.layers[index].step_at(cache.position, q, k, v, mask, scale, softcap, sinks)
+        q, k = rotate(q, *rows, interleaved, offset), rotate(k, *rows, interleaved, offset)
+    key.index_copy_(2, position, k)
+    value.index_copy_(2, position, v)
+    return q
+
+
+@cache
+def _fused() -> Any:
+    """``_write`` as one or two kernels."""
+    return torch.compile(_write)
 
 
 class Recording:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from regraft.kernels.kvquant.codebook import Codebook, fixed
+from regraft.kernels.linear.formats import HALVES
 from regraft.kernels.linear.reference import linear
 from regraft.kernels.ops import causal_mask
 from regraft.program import CacheSpec, LayerState, Program, RegraftError
@@ -107,7 +108,14 @@ def _lower_regions(module: fx.GraphModule, ids: fx.Node) -> dict[str, Region]:
 def take_linear(graph: fx.Graph) -> None:
     """Run linear layers of few rows at the speed of memory."""
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default):
-        node.target = linear
+        weight: Any = node.args[1].meta.get("val")
+        if torch.is_tensor(weight) and _has_kernel(weight):
+            bias = node.args[2] if len(node.args) > 2 else None
+            name = str(weight.dtype).removeprefix("torch.")
+            node.args = (*node.args[:2], bias, name, int(weight.shape[0]))
+            node.target = regraft.packed_linear.default
+        else:
+            node.target = linear
 
 
 def _is_causal(node: fx.Node) -> bool:
@@ -115,6 +123,12 @@ def _is_causal(node: fx.Node) -> bool:
     if node.target is regraft.attention.default:
         return bool(node.kwargs.get("causal", True))
     return node.target is _attend
+
+
+def _has_kernel(weight: Tensor) -> bool:
+    """Whether CUDA has a kernel for linear layers with this matrix."""
+    plain = weight.dim() == 2 and weight.is_contiguous() and weight.shape[1] % 32 == 0
+    return weight.is_cuda and weight.dtype in HALVES.values() and plain
 
 
 def _lower_attention(graph: fx.Graph, node: fx.Node, cache: fx.Node, index: int) -> None:

@@ -22,11 +22,12 @@ def warm_up(program: Program) -> None:
     """Decode a random token with each kind of layer that the program has."""
     if not program.cache.kernels:
         return
-    packed.prepare(set(_packed_formats(program)))
     target = torch.ops.regraft.cached_attention.default
     nodes = program.graph.find_nodes(op="call_function", target=target)
     weights = tensors_of(program.graph_module).values()
     device = next((tensor.device for tensor in weights), torch.device("cpu"))
+    if device.type == "cpu":
+        packed.prepare(set(_packed_formats(program)))
     seen = set()
     for node, state in zip(nodes, program.cache.layers, strict=False):
         parts: list[Any] = [spec_of(node.args[place]) for place in (0, 1, 2)]

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ from regraft.passes import (
     registry,
     run,
 )
+from regraft.passes.base import _error
 from regraft.program import RegraftError
 from regraft.recipe import read_recipe, write_recipe
 
@@ -119,3 +122,24 @@ def test_diff_shows_the_raised_node(llama):
     before, after = capture(llama), capture(llama)
     run(after, DEFAULT, Context())
     assert "+cached_attention" in before.diff(after)
+
+
+@pytest.mark.parametrize(
+    "dtype, small, large",
+    [(torch.float32, 5e-6, 5e-5), (torch.float16, 5e-3, 5e-2), (torch.bfloat16, 0.04, 0.4)],
+    ids=str,
+)
+def test_exact_passes_may_round_otherwise(dtype, small, large):
+    class Changed:
+        examples, outputs = (), [SimpleNamespace(role="logits", name="logits")]
+
+        def __init__(self, change):
+            self.change = change
+
+        def __call__(self):
+            return [torch.tensor([1.0 + self.change, -0.5]).to(dtype)]
+
+    reference = [torch.tensor([1.0, -0.5]).to(dtype)]
+    assert 0 < _error("Exact", 1e-5, reference, Changed(small)) <= 1.2 * small
+    with pytest.raises(RegraftError, match="Exact changed the output logits"):
+        _error("Exact", 1e-5, reference, Changed(large))
