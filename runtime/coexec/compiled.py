@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import logging
-import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,13 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regraft.runtime.coexec.hooks import quietly
+from regraft.runtime.coexec.hooks import keep_traces_apart, quietly
 from regraft.runtime.coexec.recorded import Function, OnDevice, Recorded
 from regraft.runtime.coexec.stretch import Entry, Plan, Result, Unfit, plan
 from regraft.runtime.coexec.trace import Traced
 
 log = logging.getLogger("regraft")
-_lock = threading.Lock()
 _known: dict[str, Function] = {}
 OPTIONS = {"fallback_random": True, "size_asserts": False, "nan_asserts": False}
 
@@ -54,8 +52,11 @@ class Compiler:
             self._run(task)
 
     def _run(self, task: _Task) -> None:
+        from torch._dynamo.convert_frame import compile_lock
+
+        keep_traces_apart()
         try:
-            with quietly(), _lock:
+            with quietly(), compile_lock:
                 task.run()
         finally:
             self.waiting, self.made = self.waiting - 1, self.made + 1
@@ -87,6 +88,7 @@ class _Task:
         made = {id(out) for entry in found.entries for out in entry.outs}
         self._inputs = [_fake(self._mode, x, id(x) in made) for x in found.tensors]
         self._writes = found.writes
+        self._cuda = any(x.is_cuda for x in found.tensors)
         self._where = found.inputs, found.outputs, found.first, found.writes, set(found.varying)
 
     def run(self) -> None:
@@ -96,7 +98,9 @@ class _Task:
         except Exception as error:
             return _refuse(self._stretch, error, time.perf_counter() - start)
         seconds = time.perf_counter() - start
-        self._stretch.attach(function, *self._where, self._traced.differentiable, seconds)
+        self._stretch.attach(
+            function, *self._where, self._traced.differentiable, self._cuda, seconds
+        )
 
     def _function(self) -> Function:
         traced, inputs = self._traced, self._inputs

@@ -266,6 +266,25 @@ def _wrap_dual(ext: Any) -> None:
 
 
 @cache
+def keep_traces_apart() -> None:
+    """While torch.fx traces on one thread, modules called on others are not part of it."""
+    from torch.fx._symbolic_trace import _Patcher
+
+    original = _Patcher.patch_method
+
+    def patch_method(self: Any, owner: type, name: str, new: Any, deduplicate: bool = True) -> None:
+        before, thread = getattr(owner, name), threading.get_ident()
+
+        @functools.wraps(new)
+        def method(*args: Any, **kwargs: Any) -> Any:
+            return (new if threading.get_ident() == thread else before)(*args, **kwargs)
+
+        original(self, owner, name, method, deduplicate)
+
+    _Patcher.patch_method = patch_method  # type: ignore[method-assign]
+
+
+@cache
 def wrap_dynamo(ext: Any) -> None:
     """Functions under torch.compile get tensors with their values, and the interceptor off."""
     frame = sys.modules["torch._dynamo.eval_frame"]

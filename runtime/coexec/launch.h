@@ -94,6 +94,8 @@ inline void watch(Engine& engine, Entry* begin, size_t length) {
   py::reinterpret_borrow<py::object>(engine.compiler)(node->stretch, entries, numbers, wanted);
 }
 
+inline void wait_for_device() { py::module_::import("torch.cuda").attr("synchronize")(); }
+
 inline void Engine::launch() {
   tape.drain_by([&](std::vector<Entry>& batch) {
     const auto lengths = compiled(batch);
@@ -111,12 +113,14 @@ inline void Engine::launch() {
         continue;
       }
       auto stretch = batch[end - 1].node->stretch;
+      const bool waits = !stretch->settled() && stretch->segment->cuda;
+      if (waits) wait_for_device();
       const auto start = now();
       const int kind = tape.error ? 0 : stretch->kind();
-      if (kind == 0 || !run_segment(tape, *stretch, &batch[at])) replay(at, end);
-      else if (tape.error) {}
-      else if (stretch->segment) stretch->time(1, now() - start);
-      if (kind == 0) stretch->time(0, now() - start);
+      const bool fits = kind != 0 && run_segment(tape, *stretch, &batch[at]);
+      if (!fits) replay(at, end);
+      if (waits) wait_for_device();
+      if (fits ? stretch->segment && !tape.error : kind == 0) stretch->time(kind, now() - start);
       at = end;
     }
   });

@@ -86,11 +86,12 @@ static void attach(Stretch& stretch, py::object call,
                    const std::vector<std::pair<uint32_t, int32_t>>& inputs,
                    const std::vector<Result>& outputs, const std::vector<uint32_t>& first,
                    const std::vector<uint32_t>& writes, const std::set<size_t>& varying,
-                   bool grad, double seconds) {
+                   bool grad, bool cuda, double seconds) {
   auto segment = std::make_unique<Segment>();
   for (const auto& [entry, tensor] : inputs) segment->inputs.push_back({entry, tensor});
   segment->outputs = outputs, segment->first = first, segment->writes = writes;
-  segment->grad = grad;
+  segment->grad = grad, segment->cuda = cuda;
+  stretch.warm = cuda ? 6 : 2;
   segment->call = call.release().ptr();
   for (size_t i = 0; i < stretch.numbers.size(); ++i) stretch.numbers[i].varies = varying.count(i);
   stretch.compile_s += seconds;

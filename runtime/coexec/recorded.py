@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from regraft.runtime.coexec.hooks import quietly
 
 Function = Callable[[list[Tensor]], Sequence[Tensor]]
+log = logging.getLogger("regraft")
 _address = torch._C.TensorBase.data_ptr  # not the one that waits for values
 
 
@@ -65,8 +67,13 @@ class Recorded:
         self._sources = [x.clone() if i in self._moves else x for i, x in enumerate(tensors)]
         self._moving = sorted(self._moves)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self._results = list(self._function(list(self._sources)))
+        try:
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self._results = list(self._function(list(self._sources)))
+        except Exception as error:  # what cannot be recorded goes on without
+            log.debug("a compiled function is not recorded as a CUDA graph", exc_info=error)
+            self._tries = self.TRIES + 1
+            return results
         self._graph = graph
         return results
 

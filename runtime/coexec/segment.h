@@ -33,6 +33,7 @@ struct Segment {
   std::vector<Result> outputs;
   std::vector<uint32_t> first;   // entries that run as they are, before the function
   bool grad = false;             // later backward passes go through it
+  bool cuda = false;
   std::vector<uint32_t> writes;  // inputs, none of which may share memory with another
   PyObject* call;                // list of tensors -> list of tensors, numbers that vary last
 
@@ -56,6 +57,7 @@ struct Stretch {
   std::string state = "watched";
   int64_t seen = 0, launches = 0, misses = 0;
   double compile_s = 0;
+  size_t warm = 2;  // first calls of the function, which are not like later ones
   std::vector<int64_t> times[2];  // of replay, of the function
 
   // It does not fit what came: another one is made, for both.
@@ -69,19 +71,22 @@ struct Stretch {
   // The next run is to be timed by replay, by the function, or is settled.
   int kind() const {
     if (settled()) return 1;
-    return times[1].size() < 2 || times[1].size() - 2 <= times[0].size();
+    return times[1].size() < warm || times[1].size() - warm <= times[0].size();
   }
-  bool settled() const { return times[0].size() >= TRIALS && times[1].size() >= TRIALS + 2; }
+  bool settled() const { return times[0].size() >= TRIALS && times[1].size() >= TRIALS + warm; }
 
   void time(int kind, int64_t ns) {
     if (settled()) return;
     times[kind].push_back(ns);
     if (!settled()) return;
+    times[1].erase(times[1].begin(), times[1].begin() + warm);
     auto median = [](std::vector<int64_t> t) {
       std::nth_element(t.begin(), t.begin() + t.size() / 2, t.end());
       return t[t.size() / 2];
     };
-    if (median(times[1]) > median(times[0])) segment.reset(), refuse("slower than replay");
+    const auto replayed = median(times[0]), called = median(times[1]);
+    times[1].resize(TRIALS + warm);
+    if (called > replayed) segment.reset(), refuse("slower than replay");
   }
 };
 

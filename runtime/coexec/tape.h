@@ -123,14 +123,18 @@ class Tape {
       std::move(queue_.begin(), queue_.end(), std::back_inserter(batch));
       queue_.clear();
     }
-    {
+    struct Finish {
+      Tape& tape;
+      std::vector<Entry>& batch;
       Plain plain;
-      running_here() = true;
-      run(batch);
-      running_here() = false;
-    }
-    executed_here += batch.size();
-    finish(std::move(batch));
+      ~Finish() {
+        running_here() = false;
+        tape.executed_here += batch.size();
+        tape.finish(std::move(batch));
+      }
+    } finish{*this, batch};
+    running_here() = true;
+    run(batch);
   }
 
   // Finished entries. The caller holds the GIL when they are destroyed.

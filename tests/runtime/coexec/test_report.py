@@ -200,10 +200,11 @@ def inspect(*arguments):
     return CliRunner().invoke(app, ["inspect", *map(str, arguments)], env={"COLUMNS": "160"})
 
 
-def test_inspect_runs_a_script_and_shows_what_was_co_executed(script, tmp_path):
+def test_inspect_runs_a_script_and_shows_what_was_co_executed(script, tmp_path, monkeypatch):
     before = sys.argv, sys.path[:]
+    monkeypatch.chdir(tmp_path)  # long names of folders would wrap
     picture = tmp_path / "out.svg"
-    result = inspect("--coexec", script, "--epochs", 5, "data", "--picture", picture)
+    result = inspect("--coexec", script.name, "--epochs", 5, "data", "--picture", picture)
     assert result.exit_code == 0, result.output
     assert "__main__ ['--epochs', '5', 'data']" in result.stdout
     assert "step" in result.stdout and "co-executed on two threads, 5 calls" in result.stdout
