@@ -54,7 +54,7 @@ class Coexecuted:
         functools.update_wrapper(self, function, updated=())
         self._function, self._measure, self._overlap = function, measure, overlap
         self._compiler = None if backend == "replay" else Compiler(backend, measure)
-        self._kinds = (EAGER, HERE, ASIDE) if overlap else (EAGER, HERE)
+        self._kinds: tuple[str, ...] = (EAGER, HERE, ASIDE) if overlap else (EAGER, HERE)
         if self._compiler:
             self._kinds += (COMPILED,)
         self._mode, self._calls, self._repeats = WARMING if measure else self._kinds[-1], 0, 0

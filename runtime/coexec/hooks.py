@@ -281,7 +281,7 @@ def keep_traces_apart() -> None:
 
         original(self, owner, name, method, deduplicate)
 
-    _Patcher.patch_method = patch_method  # type: ignore[method-assign]
+    _Patcher.patch_method = patch_method  # type: ignore[method-assign,assignment]
 
 
 @cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -45,11 +46,10 @@ class Entry:
         self.args: list[Any] = args
         if not name:
             roots, leaves, keep = args
-            parts, at = [], 0
-            for count in (roots, roots, leaves, leaves):
-                parts.append(self.given[at : at + count])
-                at += count
-            self.backward = Backward(*parts, keep)
+            counts = (roots, roots, leaves, leaves)
+            ends = list(accumulate(counts))
+            parts = [self.given[e - n : e] for e, n in zip(ends, counts, strict=True)]
+            self.backward = Backward(parts[0], parts[1], parts[2], parts[3], keep)
             return
         space, short = name.split("::")
         packet = getattr(getattr(torch.ops, space), short)

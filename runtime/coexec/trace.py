@@ -92,9 +92,12 @@ class Traced:
     def _gradients(self, entry: Entry) -> Gradients:
         job = entry.backward
         assert job is not None
-        lists = (job.roots, job.seeds, job.leaves, job.sums, entry.outs)
+        roots, seeds, leaves, sums, outs = (
+            tuple(map(self._ref, tensors))
+            for tensors in (job.roots, job.seeds, job.leaves, job.sums, entry.outs)
+        )
         strides = tuple(None if out is None else out.stride() for out in entry.outs)
-        return Gradients(*(tuple(map(self._ref, x)) for x in lists), strides)
+        return Gradients(roots, seeds, leaves, sums, outs, strides)
 
     def _call(self, e: int, entry: Entry, found: Plan) -> Call:
         args = []
