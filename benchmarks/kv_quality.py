@@ -25,13 +25,13 @@ from regraft.passes.budget import Option, cheapest, shares, token_bits
 from regraft.passes.calibrate import (
     KINDS,
     PIECES,
-    Q_NORM,
     Fit,
     Samples,
     collect,
     fit,
     pieces,
     quantiles,
+    spread,
 )
 from regraft.passes.recorder import Runner
 from regraft.program import Program
@@ -97,21 +97,26 @@ def modes(samples: Sequence[dict[str, Samples]], bits: Sequence[int]) -> list[Mo
         plain = [_ranged(layer, each, "normal_float") for layer in samples]
         made.append(kv_modes.from_fits(f"normal-float {each}-bit", plain, heads, size))
         for share in shares(SHARE):
-            known[each, share] = [
-                {
-                    kind: fit(kind, given, each, share, qnorm=each in Q_NORM)
-                    for kind, given in layer.items()
-                }
-                for layer in samples
-            ]
+            known[each, share] = _fitted(samples, each, share, spread(each, weighed=True))
         for share, suffix in ((0.0, ""), (SHARE, " + 1 %")):
             fits = known[each, share]
+            if (alone := spread(each, weighed=False)) != spread(each, weighed=True):
+                fits = _fitted(samples, each, share, alone)
             made.append(kv_modes.from_fits(f"nuq {each}-bit{suffix}", fits, heads, size))
     if set(bits) == set(BITS):
         made.append(kv_modes.from_fits("nuq mixed", mixed(known, heads, size), heads, size))
     if importlib.util.find_spec("hqq"):
         made += [kv_modes.hqq(each, layers) for each in bits if each in (2, 4)]
     return made
+
+
+def _fitted(
+    samples: Sequence[dict[str, Samples]], bits: int, share: float, qnorm: bool
+) -> list[dict[str, Fit]]:
+    return [
+        {kind: fit(kind, given, bits, share, qnorm) for kind, given in layer.items()}
+        for layer in samples
+    ]
 
 
 def mixed(

@@ -19,7 +19,6 @@ from regraft.program import Program, RegraftError
 from regraft.program.program import source_of
 
 LENGTH, PIECES, ROUNDS = 512, 16, 2
-Q_NORM = (2, 4)  # bits whose codes are read with the spread of the data
 """Tokens of a piece of text, the most pieces that are used, how often ranges are fitted anew."""
 KINDS = ("key", "value")
 """Where cached_attention has them: arguments 1 and 2."""
@@ -128,6 +127,15 @@ def collect(
         }
         for store in kept
     ]
+
+
+def spread(bits: int, weighed: bool) -> bool:
+    """Whether codes of so many bits are best read with the spread of the data (Q-Norm).
+
+    That raises the expected loss which a budget weighs choices by, so that those of 4 bits, which
+    it helps less, go without.
+    """
+    return bits == 2 or (bits == 4 and not weighed)
 
 
 def fit(kind: str, samples: Samples, bits: int, outliers: float, qnorm: bool) -> Fit:

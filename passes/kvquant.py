@@ -14,7 +14,7 @@ from torch import fx
 from regraft.kernels.kvquant.codebook import BITS
 from regraft.passes.base import Context, Pass, PassResult
 from regraft.passes.budget import Option, cheapest, shares, token_bits
-from regraft.passes.calibrate import KINDS, Q_NORM, Fit, Samples, collect, fit, pieces, vocabulary
+from regraft.passes.calibrate import KINDS, Fit, Samples, collect, fit, pieces, spread, vocabulary
 from regraft.program import LayerState, Program, RegraftError
 from regraft.program.calibration import load_calibration
 
@@ -38,7 +38,7 @@ class KVQuant(Pass):
     the codebooks "lloyd_max", "normal_float" and "uniform", keys have the range of each ``group``
     of tokens, and values alone have outliers. "rotated" is "lloyd_max" for rotated keys and values
     that a Hadamard matrix has spread over the channels of a head, without outliers. qnorm: codes
-    read with the spread of the data; by default those of 2 and 4 bits, which it was seen to help.
+    read with the spread of the data; by default those of 2 bits and, without a budget, of 4.
     Source: KVQuant (arXiv 2401.18079), KIVI (arXiv 2402.02750), QuaRot (arXiv 2404.00456).
     """
 
@@ -155,7 +155,9 @@ class KVQuant(Pass):
                     choices = [(bits, o) for bits in BITS[:3] for o in shares(self.outliers)]
                 made = []
                 for bits, outliers in choices:
-                    qnorm = bits in Q_NORM if self.qnorm is None else self.qnorm
+                    qnorm = self.qnorm
+                    if qnorm is None:
+                        qnorm = spread(bits, weighed=self.budget is not None)
                     found = fit(kind, given, bits, outliers, qnorm)
                     cost = token_bits(kind, bits, outliers, heads, size)
                     made.append(Option(cost, found.error, found))
