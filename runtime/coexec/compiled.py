@@ -82,9 +82,12 @@ class _Task:
 
     def __init__(self, stretch: Any, found: Plan, backend: str) -> None:
         from torch._subclasses.fake_tensor import FakeTensorMode
+        from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
         self._stretch, self._traced, self._backend = stretch, Traced(found), backend
-        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self._mode = FakeTensorMode(
+            shape_env=ShapeEnv(), static_shapes=True, allow_non_fake_inputs=True
+        )
         made = {id(out) for entry in found.entries for out in entry.outs}
         self._inputs = [_fake(self._mode, x, id(x) in made) for x in found.tensors]
         self._writes = found.writes

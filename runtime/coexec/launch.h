@@ -71,10 +71,10 @@ inline void watch(Engine& engine, Entry* begin, size_t length) {
   if (stretch.asked) return;
   size_t n = 0;
   for (uint32_t e = 0; e < length; ++e)
-    each_number(begin[e], [&](size_t argument, int32_t item, bool whole, double value) {
+    each_number(begin[e], [&](size_t argument, int32_t item, Given given) {
       if (stretch.seen == 0)
-        stretch.numbers.push_back({e, static_cast<uint32_t>(argument), item, whole, value});
-      else if (stretch.numbers[n].value != value) stretch.numbers[n].varies = true;
+        stretch.numbers.push_back({e, static_cast<uint32_t>(argument), item, given});
+      else if (stretch.numbers[n].given.bits != given.bits) stretch.numbers[n].varies = true;
       ++n;
     });
   const Owners owners(begin, begin + length);
@@ -86,8 +86,8 @@ inline void watch(Engine& engine, Entry* begin, size_t length) {
   py::list entries, numbers, wanted;
   for (size_t e = 0; e < length; ++e) entries.append(describe(begin[e]));
   for (const auto& x : stretch.numbers) {
-    const py::object value = x.whole ? py::object(py::int_(static_cast<int64_t>(x.value)))
-                                     : py::object(py::float_(x.value));
+    const py::object value = x.given.whole ? py::object(py::int_(x.given.bits))
+                                           : py::object(py::float_(x.given.value));
     numbers.append(py::make_tuple(x.entry, x.argument, x.item, value, x.varies));
   }
   for (const auto& result : stretch.wanted) wanted.append(py::make_tuple(result.first, result.second));

@@ -17,12 +17,22 @@ struct Place {
   int32_t tensor;
 };
 
+// A number as it was given: equal to another in every bit, or not.
+struct Given {
+  bool whole;
+  int64_t bits;
+  double value;
+
+  explicit Given(int64_t number) : whole(true), bits(number), value(number) {}
+  explicit Given(double number)
+      : whole(false), bits(c10::bit_cast<int64_t>(number)), value(number) {}
+};
+
 // A number that no metadata depend on; item: of a list.
 struct Number {
   uint32_t entry, argument;
   int32_t item;
-  bool whole;
-  double value;
+  Given given;
   bool varies = false;
 };
 
@@ -37,6 +47,9 @@ struct Segment {
   std::vector<uint32_t> writes;  // inputs, none of which may share memory with another
   PyObject* call;                // list of tensors -> list of tensors, numbers that vary last
 
+  bool runs_first(uint32_t entry) const {
+    return std::binary_search(first.begin(), first.end(), entry);
+  }
   ~Segment() {
     py::gil_scoped_acquire locked;
     Py_XDECREF(call);
@@ -102,41 +115,51 @@ inline void each_tensor(const c10::IValue* values, size_t count, F&& f) {
 
 template <typename F>
 inline void each_given(const Entry& entry, F&& f) {
-  if (!entry.backward) return each_tensor(entry.args.data(), entry.args.size(), [&](const at::Tensor& t, size_t) { f(t); });
-  for (const auto* list : {&entry.backward->roots, &entry.backward->seeds, &entry.backward->leaves, &entry.backward->sums})
+  if (!entry.backward) {
+    each_tensor(entry.args.data(), entry.args.size(), [&](const at::Tensor& t, size_t) { f(t); });
+    return;
+  }
+  const auto& job = *entry.backward;
+  for (const auto* list : {&job.roots, &job.seeds, &job.leaves, &job.sums})
     for (const auto& tensor : *list) f(tensor);
 }
 
 inline at::Tensor at_place(const Entry& entry, int32_t place) {
   if (place < 0) return at::Tensor(c10::intrusive_ptr<c10::TensorImpl>(entry.outs[-1 - place]));
   at::Tensor found;
-  each_given(entry, [&](const at::Tensor& t) { if (place-- == 0) found = t; });
+  each_given(entry, [&](const at::Tensor& t) {
+    if (place-- == 0) found = t;
+  });
   return found;
 }
 
-inline double wrapped(const at::Tensor& t) {
-  const void* data = t.const_data_ptr();
-  return t.scalar_type() == at::kDouble ? *static_cast<const double*>(data)
-      : t.scalar_type() == at::kLong    ? static_cast<double>(*static_cast<const int64_t*>(data))
-                                        : t.item<double>();
+// The value of a Python number that came as a tensor.
+inline std::optional<Given> wrapped(const at::Tensor& t) {
+  if (!t.defined() || !t.unsafeGetTensorImpl()->is_wrapped_number() || !t.is_cpu() ||
+      as_pending(t) || t.is_complex())
+    return std::nullopt;
+  if (t.scalar_type() == at::kDouble)
+    return Given(*static_cast<const double*>(t.const_data_ptr()));
+  return t.is_floating_point() ? Given(t.item<double>()) : Given(t.item<int64_t>());
 }
 
+// f(argument, item, number) for each.
 template <typename F>
 inline void each_number(const Entry& entry, F&& f) {
   if (entry.backward) return;
+  const auto& info = *entry.memo->info;
   for (size_t i = 0; i < entry.args.size(); ++i) {
     const auto& value = entry.args[i];
     auto number = [&](const c10::IValue& v, int32_t item) {
-      if (v.isInt()) f(i, item, true, static_cast<double>(v.toInt()));
-      else if (v.isDouble()) f(i, item, false, v.toDouble());
+      if (v.isInt()) f(i, item, Given(v.toInt()));
+      else if (v.isDouble()) f(i, item, Given(v.toDouble()));
     };
     if (value.isTensor()) {
-      const auto& t = value.toTensor();
-      if (t.defined() && t.unsafeGetTensorImpl()->is_wrapped_number() && t.is_cpu() && !as_pending(t) && !t.is_complex())
-        f(i, -1, !t.is_floating_point(), wrapped(t));
-    } else if (static_cast<int>(i) == entry.memo->info->index || entry.memo->info->value_free[i]) {
+      if (const auto found = wrapped(value.toTensor())) f(i, -1, *found);
+    } else if (static_cast<int>(i) == info.index || info.value_free[i]) {
       if (!value.isList()) number(value, -1);
-      else for (size_t j = 0; j < value.toListRef().size(); ++j) number(value.toListRef()[j], j);
+      else
+        for (size_t j = 0; j < value.toListRef().size(); ++j) number(value.toListRef()[j], j);
     }
   }
 }
@@ -178,8 +201,10 @@ struct Spent : torch::autograd::Node {
 // torch counts references to nodes in one way or the other, by version.
 template <typename Owner, typename Node>
 Owner new_node() {
-  if constexpr (std::is_constructible_v<Owner, std::shared_ptr<Node>>) return std::make_shared<Node>();
-  else return c10::make_intrusive<Node>();
+  if constexpr (std::is_constructible_v<Owner, std::shared_ptr<Node>>)
+    return std::make_shared<Node>();
+  else
+    return c10::make_intrusive<Node>();
 }
 
 inline void give(PlaceholderImpl* out, at::Tensor made) {
@@ -213,11 +238,11 @@ inline bool run_segment(Tape& tape, Stretch& stretch, Entry* entries) {
     size_t n = 0;
     bool fits = true;
     for (size_t e = 0; e < stretch.length; ++e)
-      each_number(entries[e], [&](size_t, int32_t, bool, double value) {
-        auto& number = stretch.numbers[n++];
-        if (number.varies) given.push_back(value);
-        else if (number.value != value && !std::count(segment.first.begin(), segment.first.end(), e))
-          number.varies = true, fits = false;
+      each_number(entries[e], [&](size_t, int32_t, Given number) {
+        auto& known = stretch.numbers[n++];
+        if (segment.runs_first(e)) return;
+        if (known.varies) given.push_back(number.value);
+        else if (known.given.bits != number.bits) known.varies = true, fits = false;
       });
     if (!fits) return stretch.drop("a number changed"), false;
   }
@@ -226,7 +251,8 @@ inline bool run_segment(Tape& tape, Stretch& stretch, Entry* entries) {
     const auto before = stretch.wanted.size();
     for (uint32_t e = 0; e < stretch.length; ++e)
       for (uint32_t i = 0; i < entries[e].outs.size(); ++i)
-        if (entries[e].outs[i] && owners.others(entries[e].outs[i].get())) stretch.wanted.insert({e, i});
+        if (const auto& out = entries[e].outs[i]; out && owners.others(out.get()))
+          stretch.wanted.insert({e, i});
     if (stretch.wanted.size() != before) return stretch.drop("another result was kept"), false;
   }
   if (!segment.first.empty()) {
@@ -236,17 +262,18 @@ inline bool run_segment(Tape& tape, Stretch& stretch, Entry* entries) {
   auto rest = [&] {
     py::gil_scoped_release unlocked;
     for (uint32_t e = 0; e < stretch.length; ++e)
-      if (!std::binary_search(segment.first.begin(), segment.first.end(), e)) tape.run_or_fail(entries[e]);
+      if (!segment.runs_first(e)) tape.run_or_fail(entries[e]);
   };
   if (tape.error) return rest(), true;
   std::vector<at::Tensor> tensors;
-  for (const auto& place : segment.inputs) tensors.push_back(at_place(entries[place.entry], place.tensor));
+  for (const auto& place : segment.inputs)
+    tensors.push_back(at_place(entries[place.entry], place.tensor));
   if (!segment.writes.empty()) {
     ska::flat_hash_map<const c10::StorageImpl*, int> users;
     for (const auto& t : tensors) ++users[t.storage().unsafeGetStorageImpl()];
     for (auto input : segment.writes)
       if (users[tensors[input].storage().unsafeGetStorageImpl()] > 1)
-        return stretch.drop("tensors came to share memory"), rest(), true;
+        return rest(), stretch.drop("tensors came to share memory"), true;
   }
   try {
     c10::AutoGradMode mode(segment.grad);
@@ -254,14 +281,17 @@ inline bool run_segment(Tape& tape, Stretch& stretch, Entry* entries) {
     for (size_t i = 0; i < tensors.size(); ++i)
       inputs[i] = py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(tensors[i])));
     if (!given.empty()) inputs[tensors.size()] = py::cast(at::tensor(given, at::kDouble));
-    auto results = py::reinterpret_steal<py::object>(PyObject_CallOneArg(segment.call, inputs.ptr()));
+    auto results =
+        py::reinterpret_steal<py::object>(PyObject_CallOneArg(segment.call, inputs.ptr()));
     if (!results) throw py::error_already_set();
     inputs = py::list();
     std::vector<at::Tensor> made;
     for (auto item : results) made.push_back(THPVariable_Unpack(item.ptr()));
     results = py::object();
-    for (size_t i = 0; i < made.size(); ++i)
-      give(entries[segment.outputs[i].first].outs[segment.outputs[i].second].get(), std::move(made[i]));
+    for (size_t i = 0; i < made.size(); ++i) {
+      const auto& [entry, result] = segment.outputs[i];
+      give(entries[entry].outs[result].get(), std::move(made[i]));
+    }
     ++stretch.launches;
   } catch (...) {
     tape.fail("a compiled function");

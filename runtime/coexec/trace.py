@@ -116,7 +116,9 @@ class Traced:
         known = found.numbers.get((*where, item))
         if known is not None:
             number, constant, varies = known
-            return Varying(self.varying.index(number)) if varies else constant
+            if varies:
+                return Varying(self.varying.index(number))
+            return constant if isinstance(value, Tensor) else value
         if isinstance(value, Tensor):
             return self._ref(value)
         if isinstance(value, list):

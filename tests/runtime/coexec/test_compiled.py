@@ -47,6 +47,21 @@ def test_a_training_step_is_one_function_and_within_rounding_of_float64():
     assert len(made) == 1 and made[0][0] > 50  # forward, backward, clipping and update
 
 
+def test_numbers_are_kept_to_the_bit_and_picks_may_change():
+    rows = torch.arange(24.0).view(6, 4)
+
+    def step(turn):
+        x = rows[turn % 6] * torch.iinfo(torch.int64).max + float("nan") * 0
+        y = torch.zeros(4, dtype=torch.long) + torch.iinfo(torch.int64).max
+        z = (rows[(turn + 1) % 6] * (0.5 if turn < 9 else turn)).sin().cos().exp().sqrt()
+        return x.isnan().tolist(), y.tolist(), z.tolist()
+
+    together = regraft.coexecute(step, backend="aten", measure=False)
+    for turn in range(24):
+        assert together(turn) == step(turn)
+    assert max(s[1] for s in together.report().segments) > 5
+
+
 def test_what_was_kept_once_is_given_from_then_on():
     model, kept = nn.Linear(4, 4), []
 
