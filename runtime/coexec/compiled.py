@@ -19,7 +19,8 @@ from regraft.runtime.coexec.stretch import Entry, Plan, Result, Unfit, plan
 from regraft.runtime.coexec.trace import Traced
 
 log = logging.getLogger("regraft")
-_known: dict[str, Function] = {}
+_known: dict[str, Function] = {}  # functions by what they compute
+MOST = 256
 OPTIONS = {"fallback_random": True, "size_asserts": False, "nan_asserts": False}
 
 
@@ -28,12 +29,14 @@ class Compiler:
 
     backend: "inductor", or "aten" for the graph as it was traced. background: one after another on
     a thread of its own while the program goes on; otherwise at once. waiting, made: how many are to
-    be compiled, and were.
+    be compiled, and were; functions: how many of these were like none before, at most LIMIT.
     """
 
+    LIMIT = 32
+
     def __init__(self, backend: str = "inductor", background: bool = True) -> None:
-        self._backend, self._background = backend, background
-        self.waiting = self.made = 0
+        self.backend, self._background = backend, background
+        self.waiting = self.made = self.functions = 0
 
     def __call__(
         self, stretch: Any, described: list[Any], numbers: list[Any], wanted: list[Result]
@@ -42,7 +45,7 @@ class Compiler:
         with quietly():
             try:
                 found = plan([Entry(entry) for entry in described], numbers, wanted)
-                task = _Task(stretch, found, self._backend)
+                task = _Task(self, stretch, found)
             except Exception as error:
                 return _refuse(stretch, error, time.perf_counter() - start)
         self.waiting += 1
@@ -80,11 +83,11 @@ def _refuse(stretch: Any, error: Exception, seconds: float) -> None:
 class _Task:
     """All that compiling needs, taken while the program waits; holds none of its tensors."""
 
-    def __init__(self, stretch: Any, found: Plan, backend: str) -> None:
+    def __init__(self, compiler: Compiler, stretch: Any, found: Plan) -> None:
         from torch._subclasses.fake_tensor import FakeTensorMode
         from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-        self._stretch, self._traced, self._backend = stretch, Traced(found), backend
+        self._compiler, self._stretch, self._traced = compiler, stretch, Traced(found)
         self._mode = FakeTensorMode(
             shape_env=ShapeEnv(), static_shapes=True, allow_non_fake_inputs=True
         )
@@ -108,15 +111,21 @@ class _Task:
     def _function(self) -> Function:
         traced, inputs = self._traced, self._inputs
         metas = [(x.shape, x.stride(), x.dtype, x.device, x.requires_grad) for x in inputs]
-        key = f"{self._backend} {traced.signature()} {metas}"
+        backend = self._compiler.backend
+        key = f"{backend} {traced.signature()} {metas}"
         device = next((x.device for x in inputs if not x.is_cpu), torch.device("cpu"))
         if key not in _known:
-            _known[key] = compile_function(traced, inputs, device, self._mode, self._backend)
+            if self._compiler.functions >= Compiler.LIMIT:
+                raise Unfit(f"{Compiler.LIMIT} functions were compiled already")
+            while len(_known) >= MOST:
+                _known.pop(next(iter(_known)))
+            _known[key] = compile_function(traced, inputs, device, self._mode, backend)
+            self._compiler.functions += 1
         function = _known[key]
         if device.type == "cpu":
             return function
         whole = all(x.device == device for x in inputs) and not traced.differentiable
-        if whole and self._backend == "inductor":
+        if whole and backend == "inductor":
             function = Recorded(function, self._writes)
         return OnDevice(function, device) if traced.varying else function
 
