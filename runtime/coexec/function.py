@@ -21,7 +21,7 @@ from regraft.runtime.coexec.compiled import Compiler
 from regraft.runtime.coexec.hooks import install, wrap_dynamo
 from regraft.runtime.coexec.report import Report, caller, ended, made
 
-WARM, MOST_WARM, TRIALS, WORTH, AGAIN, SETTLED = 2, 20, 5, 0.98, 256, 24
+WARM, MOST_WARM, TRIALS, WORTH, AGAIN, SETTLED = 2, 20, 8, 0.98, 512, 24
 WARMING, COMPILING, TRYING, EAGER = "warming up", "compiling", "on trial", "eager"
 ASIDE, HERE = "co-executed on two threads", "co-executed on one thread"
 COMPILED = "co-executed, compiled"
@@ -142,8 +142,10 @@ class Coexecuted:
         return result
 
     def _time(self, engine: Any, args: Any, kwargs: Any) -> Any:
-        """Calls of each kind in turn, to keep the fastest."""
-        kind = min(self._kinds, key=lambda kind: len(self._times[kind]))
+        """Calls of each kind in turn, to keep the fastest; every round begins with another one, since
+        calls may differ by turns themselves."""
+        timed = sum(map(len, self._times.values()))
+        kind = self._kinds[(timed + timed // len(self._kinds)) % len(self._kinds)]
         start = time.perf_counter()
         result = self._run(kind, engine, args, kwargs)
         self._times[kind].append(time.perf_counter() - start)
