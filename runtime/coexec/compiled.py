@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regraft.runtime.coexec.hooks import keep_traces_apart, quietly
+from regraft.runtime.coexec.hooks import compiling, keep_traces_apart, quietly
 from regraft.runtime.coexec.recorded import Function, OnDevice, Recorded
 from regraft.runtime.coexec.stretch import Entry, Plan, Result, Unfit, plan
 from regraft.runtime.coexec.trace import Traced
@@ -59,7 +59,7 @@ class Compiler:
 
         keep_traces_apart()
         try:
-            with quietly(), compile_lock:
+            with compiling(), compile_lock:
                 task.run()
         finally:
             self.waiting, self.made = self.waiting - 1, self.made + 1

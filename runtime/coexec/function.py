@@ -142,8 +142,8 @@ class Coexecuted:
         return result
 
     def _time(self, engine: Any, args: Any, kwargs: Any) -> Any:
-        """Calls of each kind in turn, to keep the fastest; every round begins with another one, since
-        calls may differ by turns themselves."""
+        """Calls of each kind in turn, to keep the fastest; every round begins with another one,
+        since calls may differ by turns themselves."""
         timed = sum(map(len, self._times.values()))
         kind = self._kinds[(timed + timed // len(self._kinds)) % len(self._kinds)]
         start = time.perf_counter()

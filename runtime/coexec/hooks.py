@@ -87,6 +87,13 @@ def install(ext: Any) -> None:
 def _install_cuda(ext: Any) -> None:
     for name in filter(_CUDA.match, dir(torch._C)):
         _wrap_function(ext, torch._C, name, waits=True)
+    put = torch.cuda.set_rng_state
+
+    @functools.wraps(put)
+    def set_rng_state(*args: Any, **kwargs: Any) -> None:
+        (_puts_back_nothing if getattr(_inside, "compiling", False) else put)(*args, **kwargs)
+
+    torch.cuda.set_rng_state = set_rng_state
     for owner, names in _CUDA_METHODS:
         for name in names:
             _wrap_handover(ext, getattr(torch.cuda, owner), name)
@@ -111,6 +118,22 @@ def quietly() -> Iterator[None]:
         yield
     finally:
         _inside.yes = outer
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """In the block, which traces beside the program, no random state is put back: compilers do so
+    with the state from before, but meanwhile the program drew on it."""
+    with quietly():
+        _inside.compiling = True
+        try:
+            yield
+        finally:
+            _inside.compiling = False
+
+
+def _puts_back_nothing(*args: Any, **kwargs: Any) -> None:
+    """In place of what sets a random state."""
 
 
 def _wrap_method(ext: Any, name: str) -> None:
@@ -199,6 +222,10 @@ class _Generator:
         self._ext, self._generator = ext, generator
 
     def __getattr__(self, name: str) -> Any:
+        if getattr(_inside, "compiling", False):
+            if name in ("set_state", "manual_seed", "seed"):
+                return _puts_back_nothing
+            return getattr(self._generator, name)
         self._ext.sync()
         return getattr(self._generator, name)
 
