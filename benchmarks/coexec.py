@@ -11,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -62,7 +63,8 @@ def run(quick: bool) -> Result:
 def _fresh(name: str, rival: str, device: str, folder: Path) -> dict[str, Any]:
     """The row of one program and contender, from a process of its own."""
     command = [sys.executable, "-m", "regraft.benchmarks.coexec", name, rival, device, str(folder)]
-    cache = str(folder / f"{name} {REGRAFT if rival == AGAIN else rival}")
+    place = f"{name} {REGRAFT if rival == AGAIN else rival}"
+    cache = str(folder / re.sub(r"\W+", "-", place))  # compilers want names without blanks
     own = {"TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": cache}
     try:
         result = subprocess.run(
