@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -91,6 +92,8 @@ class _Task:
         self._mode = FakeTensorMode(
             shape_env=ShapeEnv(), static_shapes=True, allow_non_fake_inputs=True
         )
+        if any(x.is_cuda for x in found.tensors) and not os.environ.get("REGRAFT_COEXEC_CUDA"):
+            raise Unfit("on CUDA operators are replayed; REGRAFT_COEXEC_CUDA=1 tries functions")
         made = {id(out) for entry in found.entries for out in entry.outs}
         self._inputs = [_fake(self._mode, x, id(x) in made) for x in found.tensors]
         self._writes = found.writes

@@ -64,7 +64,7 @@ struct Stretch {
   size_t length = 0;
   std::vector<Number> numbers;
   std::set<Result> wanted;  // results that Python still had
-  bool asked = false, refused = false;
+  bool asked = false;
   std::unique_ptr<Segment> segment;
   std::vector<size_t> cuts;  // refused as a whole: entries between whose others it may be compiled
   std::string state = "watched";
@@ -76,10 +76,10 @@ struct Stretch {
   // It does not fit what came: another one is made, for both.
   void drop(const char* why) {
     segment.reset(), times[1].clear();
-    asked = refused = ++misses > MISSES;
+    asked = ++misses > MISSES;
     state = why;
   }
-  void refuse(const std::string& why) { refused = true, state = why; }
+  void refuse(const std::string& why) { state = why; }
 
   // The next run is to be timed by replay, by the function, or is settled.
   int kind() const {

@@ -61,7 +61,9 @@ class Entry:
 
     @property
     def random(self) -> bool:
-        return torch.Tag.nondeterministic_seeded in self.tags or self.name == "aten::dropout"
+        return torch.Tag.nondeterministic_seeded in self.tags or "dropout" in str(
+            getattr(self.op, "_schema", "")
+        )
 
     @property
     def name(self) -> str:
@@ -147,9 +149,7 @@ def plan(entries: list[Entry], numbers: Sequence[Any], wanted: Sequence[Result])
     return found
 
 
-def _ancestors(
-    entries: list[Entry], made: dict[int, Result], tensors: set[int], end: int
-) -> set[int]:
+def _ancestors(entries: list[Entry], tensors: set[int], end: int) -> set[int]:
     """Tensors, by id, that gradients of these before entry ``end`` flow to."""
     reached = set(tensors)
     for entry in reversed(entries[:end]):
@@ -169,7 +169,7 @@ def _kept_graphs(
     for e, entry in enumerate(entries):
         if not entry.backward:
             continue
-        behind = _ancestors(entries, made, {id(x) for x in entry.backward.roots}, e)
+        behind = _ancestors(entries, {id(x) for x in entry.backward.roots}, e)
         for x in (x for earlier in entries[:e] for x in earlier.given if x is not None):
             if id(x) in behind and id(x) not in made and x.requires_grad and not x.is_leaf:
                 raise Unfit("a backward pass goes on into the graph of earlier operators")
@@ -182,7 +182,7 @@ def _kept_graphs(
     }
     if not late:
         return set()
-    behind = _ancestors(entries, made, late, len(entries))
+    behind = _ancestors(entries, late, len(entries))
     if behind & spent & set(made):
         raise Unfit("one graph is differentiated now and later")
     todo, first = [made[x] for x in behind if x in made], set()
