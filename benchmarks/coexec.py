@@ -1,9 +1,9 @@
 """Imperative programs under co-execution, beside eager and torch.compile of module and whole step.
 
-Each contender runs in a process of its own beside eager, one step each a round; medians. A ratio is
-to the eager of the same process. Settled is when nothing more is compiled, from the first step on,
-with the compiler's cache empty; warm-up is that time beyond as many eager steps; "regraft, again"
-is a second process with that cache.
+Each contender runs in a process of its own beside eager, one step each a round, both from the same
+state and seed; medians. A ratio is to the eager of the same process. Settled is when nothing more
+is compiled, from the first step on, with the compiler's cache empty; warm-up is that time beyond as
+many eager steps; "regraft, again" is a second process with that cache.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ from typing import Any
 
 import torch
 
-from regraft.benchmarks.harness import Check, Result, environment, interleaved, progress
+from regraft.benchmarks.harness import Check, Result, environment, progress
 from regraft.benchmarks.programs import PAPER, PROGRAMS
 
 EAGER, MODULE, STEP = "eager", "compile module", "compile step"
 REGRAFT, AGAIN = "regraft", "regraft, again"
 GRAPHS = {f"{which}, reduce-overhead": which for which in (MODULE, STEP)}
-WARM, ROUNDS, SETTLING = 30, 60, 240.0
+WARM, ROUNDS, MOST_ROUNDS = 30, 60, 500
+MEASURED, SETTLING, PAUSE = 3.0, 240.0, 0.1  # seconds
 COLUMNS = ("eager steps/s", "steps/s", "ratio", "warm-up s", "settled s", "graphs", "breaks",
            "recompiles", "mode", "symbolic")  # fmt: skip
 QUICK = ("BERT-CLS", "DCGAN", "Adam + schedule")
@@ -80,18 +81,22 @@ def _fresh(name: str, rival: str, device: str, folder: Path) -> dict[str, Any]:
 
 def measure(name: str, rival: str, device: str, folder: str) -> dict[str, Any]:
     """Steps a second, the ratio to eager and what warming up took, of a process that did nothing
-    before."""
+    before. Both programs take the same steps with the same random numbers."""
     eager, step = _contender(EAGER, name, device), _contender(rival, name, device)
-    for _ in range(WARM):
-        eager()
-    torch.manual_seed(1)
-    start = time.perf_counter()
-    count = _settle(step)
-    settled = time.perf_counter() - start
-    steps: dict[str, Callable[[], Any]] = {EAGER: eager, rival: step}
     with open(Path(folder, "lock"), "w") as lock:
+        warm = [_seconds(eager, n) for n in range(WARM)]
+        start = time.perf_counter()
+        count = _settle(step, lock if device == "cuda" else None)
+        settled = time.perf_counter() - start
         fcntl.flock(lock, fcntl.LOCK_EX)
-        times = {key: statistics.median(t) for key, t in interleaved(steps, ROUNDS).items()}
+        for n in range(WARM, count):
+            _seconds(eager, n)
+        rounds = round(min(MOST_ROUNDS, max(ROUNDS, MEASURED / statistics.median(warm))))
+        both: list[list[float]] = [[], []]
+        for n in range(count, count + rounds):
+            for which in (n % 2, 1 - n % 2):
+                both[which].append(_seconds((eager, step)[which], n))
+        times = dict(zip((EAGER, rival), map(statistics.median, both), strict=True))
     row = _row(name, rival) | {
         "eager steps/s": 1 / times[EAGER],
         "steps/s": 1 / times[rival],
@@ -113,13 +118,25 @@ def measure(name: str, rival: str, device: str, folder: str) -> dict[str, Any]:
     }
 
 
-def _settle(step: Any) -> int:
-    """Steps until nothing more is compiled, and how many."""
+def _seconds(step: Callable[[], Any], seed: int) -> float:
+    torch.manual_seed(seed)
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def _settle(step: Any, lock: Any) -> int:
+    """Steps until nothing more is compiled, and how many. With a lock they leave the device to
+    whoever measures there, and pause."""
     deadline, count = time.perf_counter() + SETTLING, 0
-    while count < WARM or (
-        hasattr(step, "report") and not step.settled and time.perf_counter() < deadline
-    ):
-        step()
+    own = hasattr(step, "report")
+    while count < WARM or (own and not step.settled and time.perf_counter() < deadline):
+        if own and lock:
+            time.sleep(PAUSE)
+            fcntl.flock(lock, fcntl.LOCK_SH)
+        _seconds(step, count)
+        if own and lock:
+            fcntl.flock(lock, fcntl.LOCK_UN)
         count += 1
     return count
 

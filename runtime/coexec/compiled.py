@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import logging
-import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +21,11 @@ from regraft.runtime.coexec.trace import Traced
 log = logging.getLogger("regraft")
 _known: dict[str, Function] = {}  # functions by what they compute
 MOST = 256
-OPTIONS = {"fallback_random": True, "size_asserts": False, "nan_asserts": False}
+# padding is chosen by measuring on random matrices, drawn from the program's own generator
+OPTIONS = {"fallback_random": True, "size_asserts": False, "nan_asserts": False,
+           "shape_padding": False}  # fmt: skip
+IN_ORDER = {"reorder_for_locality": False, "reorder_for_peak_memory": False}  # for what draws
+PLAIN = {"loop_ordering_after_fusion": False}  # where the first attempt fails, as Inductor may
 
 
 class Compiler:
@@ -92,8 +95,6 @@ class _Task:
         self._mode = FakeTensorMode(
             shape_env=ShapeEnv(), static_shapes=True, allow_non_fake_inputs=True
         )
-        if any(x.is_cuda for x in found.tensors) and not os.environ.get("REGRAFT_COEXEC_CUDA"):
-            raise Unfit("on CUDA operators are replayed; REGRAFT_COEXEC_CUDA=1 tries functions")
         made = {id(out) for entry in found.entries for out in entry.outs}
         self._inputs = [_fake(self._mode, x, id(x) in made) for x in found.tensors]
         self._writes = found.writes
@@ -154,7 +155,7 @@ def compile_function(
         graph = make_fx(traced, tracing_mode="real")(*given)
     graph.graph.eliminate_dead_code()
     graph.recompile()
-    function: Any = graph if backend == "aten" else _inductor(graph, given, traced.differentiable)
+    function: Any = graph if backend == "aten" else _inductor(graph, given, traced)
 
     def call(tensors: list[Tensor]) -> Sequence[Tensor]:
         with quietly():
@@ -163,12 +164,22 @@ def compile_function(
     return call
 
 
-def _inductor(graph: torch.fx.GraphModule, given: Sequence[Tensor], differentiable: bool) -> Any:
+def _inductor(graph: torch.fx.GraphModule, given: Sequence[Tensor], traced: Traced) -> Any:
     from torch._functorch import config as aot
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx
 
+    differentiable = traced.differentiable
     grad = torch.enable_grad if differentiable else torch.no_grad
     examples = [x.detach().requires_grad_(differentiable and x.requires_grad) for x in given]
-    with grad(), config.patch(OPTIONS), aot.patch(force_non_lazy_backward_lowering=True):
-        return compile_fx(graph, examples)
+    options = OPTIONS | IN_ORDER if traced.random else OPTIONS
+
+    def attempt(options: dict[str, Any]) -> Any:
+        with grad(), config.patch(options), aot.patch(force_non_lazy_backward_lowering=True):
+            return compile_fx(graph, examples)
+
+    try:
+        return attempt(options)
+    except Exception as error:
+        log.debug("a stretch is compiled anew with its loops as they are", exc_info=error)
+        return attempt(options | PLAIN)

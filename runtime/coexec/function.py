@@ -15,13 +15,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 from regraft.program.errors import RegraftError
 from regraft.runtime.coexec.build import extension
 from regraft.runtime.coexec.compiled import Compiler
 from regraft.runtime.coexec.hooks import install, wrap_dynamo
 from regraft.runtime.coexec.report import Report, caller, ended, made
 
-WARM, MOST_WARM, TRIALS, WORTH, AGAIN, SETTLED = 2, 20, 8, 0.98, 512, 24
+WARM, MOST_WARM, WORTH, AGAIN, SETTLED = 2, 20, 0.98, 512, 24
+TRIALS, MORE, SECONDS = 8, 32, 0.5  # of each kind: at least, and at most unless that is short
 WARMING, COMPILING, TRYING, EAGER = "warming up", "compiling", "on trial", "eager"
 ASIDE, HERE = "co-executed on two threads", "co-executed on one thread"
 COMPILED = "co-executed, compiled"
@@ -146,10 +149,13 @@ class Coexecuted:
         since calls may differ by turns themselves."""
         timed = sum(map(len, self._times.values()))
         kind = self._kinds[(timed + timed // len(self._kinds)) % len(self._kinds)]
+        _wait_for_devices()
         start = time.perf_counter()
         result = self._run(kind, engine, args, kwargs)
+        _wait_for_devices()
         self._times[kind].append(time.perf_counter() - start)
-        if min(map(len, self._times.values())) >= TRIALS:
+        fewest = min(map(len, self._times.values()))
+        if fewest >= MORE or (fewest >= TRIALS and sum(self._times[EAGER]) > SECONDS):
             self._decide()
         return result
 
@@ -291,6 +297,11 @@ def _release(engines: list[Any]) -> None:
     for engine in engines:
         engine.forget()
         _pool.append(engine)
+
+
+def _wait_for_devices() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def _name(function: Any) -> str:

@@ -18,56 +18,44 @@ _address = torch._C.TensorBase.data_ptr  # not the one that waits for values
 class Recorded:
     """list of CUDA tensors -> list of CUDA tensors, some of the former (``writes``) written.
 
-    Inputs that are found at the same address in the first calls, as parameters are, are read and
-    written there; others are copied to where the graph reads. Where one moves later, the graph is
-    recorded anew, at most TRIES times. Results are copies: the graph's own memory is written again
-    at the next call.
+    Inputs that stay at one address, as parameters do, are read and written there. One that moves
+    is copied to where the graph reads, and back if it is written; the graph is recorded anew, at
+    most TRIES times. Results are copies: the graph's own memory is written again at the next call.
     """
 
-    WATCHED, TRIES = 3, 3
+    WATCHED, TRIES = 2, 6
 
     def __init__(self, function: Function, writes: Sequence[int]) -> None:
-        self._function, self._writes = function, set(writes)
-        self._tries = 0
-        self._forget()
-
-    def _forget(self) -> None:
+        self._function, self._writes = function, list(writes)
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._seen, self._calls = [], 0
+        self._places: list[int] = []
         self._moves: set[int] = set()
+        self._calls = self._tries = 0
 
     def __call__(self, tensors: list[Tensor]) -> Sequence[Tensor]:
         if self._tries > self.TRIES:
             return self._function(tensors)
         places = [_address(x) for x in tensors]
-        if self._graph is not None:
-            if self._fits(places):
-                return self._replay(tensors)
-            self._forget()
-        self._watch(places)
-        if self._calls <= self.WATCHED or self._moves & self._writes:
+        before = self._places or places
+        moved = {i for i, (a, b) in enumerate(zip(places, before, strict=True)) if a != b}
+        if self._graph is not None and moved <= self._moves:
+            return self._replay(tensors)
+        self._moves |= moved
+        self._places, self._graph, self._calls = places, None, self._calls + 1
+        if self._calls <= self.WATCHED:
             return self._function(tensors)
         with quietly():
             return self._record(tensors)
-
-    def _fits(self, places: list[int]) -> bool:
-        pairs = zip(places, self._seen, strict=True)
-        return all(a == b for i, (a, b) in enumerate(pairs) if i not in self._moves)
-
-    def _watch(self, places: list[int]) -> None:
-        if self._seen:
-            pairs = zip(places, self._seen, strict=True)
-            self._moves |= {i for i, (a, b) in enumerate(pairs) if a != b}
-        self._seen, self._calls = places, self._calls + 1
 
     def _record(self, tensors: list[Tensor]) -> Sequence[Tensor]:
         """This call's results; those of later calls come from the graph."""
         self._tries += 1
         results = self._function(list(tensors))
-        self._sources = [x.clone() if i in self._moves else x for i, x in enumerate(tensors)]
         self._moving = sorted(self._moves)
+        self._moving_writes = [i for i in self._writes if i in self._moves]
         graph = torch.cuda.CUDAGraph()
         try:
+            self._sources = [_copy(x) if i in self._moves else x for i, x in enumerate(tensors)]
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._results = list(self._function(list(self._sources)))
         except Exception as error:  # what cannot be recorded goes on without
@@ -79,15 +67,25 @@ class Recorded:
 
     def _replay(self, tensors: list[Tensor]) -> Sequence[Tensor]:
         assert self._graph is not None
-        if self._moving:
-            torch._foreach_copy_(
-                [self._sources[i] for i in self._moving], [tensors[i] for i in self._moving]
-            )
+        sources = self._sources
+        _copy_all([sources[i] for i in self._moving], [tensors[i] for i in self._moving])
         self._graph.replay()
+        back = self._moving_writes
+        _copy_all([tensors[i] for i in back], [sources[i] for i in back])
+        torch.autograd.graph.increment_version([tensors[i] for i in self._writes])
         made = [torch.empty_like(x) for x in self._results]
-        if made:
-            torch._foreach_copy_(made, self._results)
+        _copy_all(made, self._results)
         return made
+
+
+def _copy_all(places: list[Tensor], tensors: list[Tensor]) -> None:
+    if places:
+        torch._foreach_copy_(places, tensors)
+
+
+def _copy(x: Tensor) -> Tensor:
+    """In the same layout, gaps included; an error where elements share a place."""
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
 
 
 class OnDevice:

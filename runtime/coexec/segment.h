@@ -58,7 +58,7 @@ struct Segment {
 
 // Operators that were put off together, from `start` to the node that has this.
 struct Stretch {
-  static constexpr int TRIALS = 4, MISSES = 4;
+  static constexpr int TRIALS = 8, MISSES = 4;
 
   TraceNode* start = nullptr;
   size_t length = 0;

@@ -42,6 +42,7 @@ class Entry:
     def __init__(self, described: tuple[Any, ...]) -> None:
         name, overload, args, self.grad, self.given, self.outs = described
         self.backward: Backward | None = None
+        self.apart = False  # on another device than most
         self.op: Any = None
         self.args: list[Any] = args
         if not name:
@@ -122,12 +123,24 @@ class Plan:
         ]
 
 
+def _find_apart(entries: list[Entry]) -> None:
+    """Marks what runs on the CPU in a stretch of another device's operators."""
+    tensors = (x for entry in entries for x in (*entry.given, *entry.outs) if x is not None)
+    if all(x.is_cpu for x in tensors):
+        return
+    for entry in entries:
+        outs = [x.is_cpu for x in entry.outs if x is not None]
+        given = [x.is_cpu for x in entry.given if x is not None]
+        entry.apart = any(outs) or (not outs and bool(given) and all(given))
+
+
 def plan(entries: list[Entry], numbers: Sequence[Any], wanted: Sequence[Result]) -> Plan:
     found = Plan(
         entries,
         {(e, a, i): (n, value, varies) for n, (e, a, i, value, varies) in enumerate(numbers)},
         [],
     )
+    _find_apart(entries)
     made = {id(out): (e, r) for e, x in enumerate(entries) for r, out in enumerate(x.outs)}
     made.pop(id(None), None)
     passes = [e for e, entry in enumerate(entries) if entry.backward]
@@ -140,6 +153,9 @@ def plan(entries: list[Entry], numbers: Sequence[Any], wanted: Sequence[Result])
     else:
         found.differentiable = any(entries[e].outs[r].requires_grad for e, r in wanted)
     first |= _picks(entries, made, first)
+    apart = [e for e, entry in enumerate(entries) if entry.apart and e not in first]
+    if apart:
+        raise Unfit("it copies between devices: cut there", apart)
     _check_order(entries, first, made)
     found.first = sorted(first)
     if 2 * (len(entries) - len(first)) < min(len(entries), 2 * LEAST):
@@ -198,8 +214,8 @@ def _kept_graphs(
 
 
 def _picks(entries: list[Entry], made: dict[int, Result], first: set[int]) -> set[int]:
-    """Entries that choose a part of a tensor given from outside, since which one may change, and
-    those that look at or write to such a part."""
+    """Entries that choose a part of a tensor given from outside, since which one may change, those
+    that look at or write to such a part, and what runs on another device."""
     picks: set[int] = set()
     for e, entry in enumerate(entries):
         makers = {made[id(x)][0] for x in entry.given if id(x) in made}
@@ -207,9 +223,8 @@ def _picks(entries: list[Entry], made: dict[int, Result], first: set[int]) -> se
             continue
         if entry.grad and any(x is not None and x.requires_grad for x in entry.given):
             continue
-        if entry.name == "aten::select" or any(
-            id(x) in made and made[id(x)][0] in picks for x in entry.aliased()
-        ):
+        part = any(id(x) in made and made[id(x)][0] in picks for x in entry.aliased())
+        if part or entry.apart or entry.name == "aten::select":
             picks.add(e)
     return picks
 

@@ -58,6 +58,7 @@ class Traced:
         self.inputs = len(found.tensors)
         self.differentiable = found.differentiable
         before = set(found.first)
+        self.random = any(x.random for e, x in enumerate(found.entries) if e not in before)
         self._calls = [
             self._gradients(entry) if entry.backward else self._call(e, entry, found)
             for e, entry in enumerate(found.entries)
