@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import logging
 import time
+from bisect import bisect_left
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -14,12 +15,13 @@ import torch
 from torch import Tensor
 
 from regraft.runtime.coexec.hooks import compiling, keep_traces_apart, quietly
+from regraft.runtime.coexec.pieces import Pieces, compiled, cut, ends
 from regraft.runtime.coexec.recorded import Function, OnDevice, Recorded
-from regraft.runtime.coexec.stretch import Entry, Plan, Result, Unfit, plan
+from regraft.runtime.coexec.stretch import LEAST, Entry, Plan, Result, Unfit, plan
 from regraft.runtime.coexec.trace import Traced
 
 log = logging.getLogger("regraft")
-_known: dict[str, Function] = {}  # functions by what they compute
+_known: dict[str, Function | Pieces] = {}  # by what they compute
 MOST = 256
 # padding is chosen by measuring on random matrices, drawn from the program's own generator
 OPTIONS = {"fallback_random": True, "size_asserts": False, "nan_asserts": False,
@@ -107,12 +109,15 @@ class _Task:
             function = self._function()
         except Exception as error:
             return _refuse(self._stretch, error, time.perf_counter() - start)
-        seconds = time.perf_counter() - start
+        parts = function if isinstance(function, Pieces) else Pieces([], [], [])
+        owner = parts.owners if parts.parts else function
+        placed = [(self._traced.end(calls), *part) for calls, *part in parts.parts]
         self._stretch.attach(
-            function, *self._where, self._traced.differentiable, self._cuda, seconds
-        )
+            owner, *self._where, placed, parts.results, self._traced.random,
+            self._traced.differentiable, self._cuda, time.perf_counter() - start,
+        )  # fmt: skip
 
-    def _function(self) -> Function:
+    def _function(self) -> Function | Pieces:
         traced, inputs = self._traced, self._inputs
         metas = [(x.shape, x.stride(), x.dtype, x.device, x.requires_grad) for x in inputs]
         backend = self._compiler.backend
@@ -126,7 +131,7 @@ class _Task:
             _known[key] = compile_function(traced, inputs, device, self._mode, backend)
             self._compiler.functions += 1
         function = _known[key]
-        if device.type == "cpu":
+        if isinstance(function, Pieces) or device.type == "cpu":
             return function
         whole = all(x.device == device for x in inputs) and not traced.differentiable
         if whole and backend == "inductor":
@@ -144,7 +149,7 @@ def _fake(mode: Any, x: Tensor, pending: bool) -> Tensor:
 
 def compile_function(
     traced: Traced, inputs: Sequence[Tensor], device: torch.device, mode: Any, backend: str
-) -> Function:
+) -> Function | Pieces:
     """list of tensors -> list of tensors, some of the former written; numbers come last."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -155,6 +160,10 @@ def compile_function(
         graph = make_fx(traced, tracing_mode="real")(*given)
     graph.graph.eliminate_dead_code()
     graph.recompile()
+    if backend == "inductor" and device.type == "cpu":
+        made = _pieces(graph, traced, len(inputs))
+        if made is not None:
+            return made
     function: Any = graph if backend == "aten" else _inductor(graph, given, traced)
 
     def call(tensors: list[Tensor]) -> Sequence[Tensor]:
@@ -162,6 +171,28 @@ def compile_function(
             return function(*tensors)
 
     return call
+
+
+def _pieces(graph: torch.fx.GraphModule, traced: Traced, inputs: int) -> Pieces | None:
+    where = ends(traced.entries, traced.passes, traced.length, LEAST)
+    if traced.differentiable or len(where) == 1:
+        return None
+    found = cut(graph.graph, where, inputs)
+    if found is None:
+        return None
+    parts, owners = [], []
+    for part in found[0]:
+        made = compiled(part, _options(traced))
+        if made is None:
+            return None
+        calls = bisect_left(traced.entries, part.end)
+        parts.append((calls, made[0], part.inputs, part.outputs, part.writes))
+        owners.append(made[1])
+    return Pieces(parts, found[1], owners)
+
+
+def _options(traced: Traced) -> dict[str, Any]:
+    return OPTIONS | IN_ORDER if traced.random else OPTIONS
 
 
 def _inductor(graph: torch.fx.GraphModule, given: Sequence[Tensor], traced: Traced) -> Any:
@@ -172,14 +203,13 @@ def _inductor(graph: torch.fx.GraphModule, given: Sequence[Tensor], traced: Trac
     differentiable = traced.differentiable
     grad = torch.enable_grad if differentiable else torch.no_grad
     examples = [x.detach().requires_grad_(differentiable and x.requires_grad) for x in given]
-    options = OPTIONS | IN_ORDER if traced.random else OPTIONS
 
     def attempt(options: dict[str, Any]) -> Any:
         with grad(), config.patch(options), aot.patch(force_non_lazy_backward_lowering=True):
             return compile_fx(graph, examples)
 
     try:
-        return attempt(options)
+        return attempt(_options(traced))
     except Exception as error:
         log.debug("a stretch is compiled anew with its loops as they are", exc_info=error)
-        return attempt(options | PLAIN)
+        return attempt(_options(traced) | PLAIN)

@@ -16,6 +16,8 @@ struct Fetch {
   int64_t count = 0, ns = 0;
 };
 
+class Ahead;
+
 class Engine {
  public:
   static constexpr size_t MOST_MEMOS = 50000, LONGEST_PATH = 20000;
@@ -29,6 +31,7 @@ class Engine {
   std::map<std::string, int64_t> reasons;
   std::map<std::string, Fetch> fetches;
   std::vector<std::shared_ptr<Stretch>> stretches;
+  Ahead* ahead = nullptr;
 
   static Engine*& active() {
     thread_local Engine* engine = nullptr;
@@ -67,6 +70,9 @@ class Engine {
   void flush();
   // Runs the tape, by compiled functions where there are some for its operators.
   void launch();
+  // Begins a compiled stretch that is likely to come whole.
+  void go_ahead(const TraceNode& node);
+  void prepare();
   // The placeholder, of any thread, has its value afterwards, unless its operator raised.
   static void materialise(const PlaceholderImpl* placeholder);
   // Destroys finished entries, so that what Python dropped is freed.
@@ -184,7 +190,9 @@ class Engine {
   }
 
   void put_off(Entry&& entry) {
+    const auto* node = entry.node;
     tape.push(std::move(entry), overlap);
+    if (compiler && node && node->foreseen) go_ahead(*node);
     if (tape.waiting() > Tape::LONGEST) flush();
   }
 

@@ -1,6 +1,6 @@
 // Which stretches of the tape are compiled, and running them.
 #pragma once
-#include "segment.h"
+#include "run.h"
 
 namespace regraft {
 
@@ -96,14 +96,100 @@ inline void watch(Engine& engine, Entry* begin, size_t length) {
 
 inline void wait_for_device() { py::module_::import("torch.cuda").attr("synchronize")(); }
 
+inline void Engine::prepare() {
+  ahead = new Ahead();
+  tape.before_drain = [this] { ahead->take_back(); };
+}
+
+// Python has come to where a piece of the stretch that came here last may begin.
+inline void Engine::go_ahead(const TraceNode& node) {
+  static const auto cores = static_cast<int>(std::thread::hardware_concurrency());
+  const auto stretch = node.foreseen;
+  const auto k = node.piece;
+  const auto* segment = stretch->segment.get();
+  if (!segment || k + 1 >= segment->pieces.size() || tape.error) return;
+  if (k > 0 ? ahead->stretch != stretch || ahead->begun != k
+            : ahead->stretch || stretch->kind() == 0 || at::get_num_threads() >= cores)
+    return;
+  const auto& piece = segment->pieces[k];
+  const auto from = k > 0 ? segment->pieces[k - 1].end : 0;
+  c10::impl::ExcludeDispatchKeyGuard guard(MODE);
+  c10::NoGradGuard no_grad;
+  tape.look([&](std::deque<Entry>& entries) {
+    if (entries.size() != piece.end || entries[0].node != stretch->start) return;
+    if (segment->runs_first(piece.end - 1)) return;  // torch may still be making a copy of it
+    if (k == 0) ahead->values.assign(segment->values, at::Tensor());
+    double* numbers =
+        segment->given ? numbers_of(*segment, ahead->values).mutable_data_ptr<double>() : nullptr;
+    bool fits = true;
+    for (size_t e = from; e < piece.end; ++e)
+      each_number(entries[e], [&](size_t, int32_t, Given number) {
+        const auto& known = stretch->numbers[ahead->numbers++];
+        if (segment->runs_first(e)) return;
+        if (known.varies) numbers[ahead->given++] = number.value;
+        else fits &= known.given.bits == number.bits;
+      });
+    if (!fits || !gather(*segment, piece, entries, ahead->values)) {
+      if (k == 0) ahead->settle();
+      return;
+    }
+    std::vector<Entry*> first;
+    for (auto e : segment->first)
+      if (e >= from && e < piece.end) first.push_back(&entries[e]);
+    ahead->stretch = stretch, ahead->begun = k + 1;
+    ahead->submit([this, segment, &piece, k, first = std::move(first)] {
+      for (auto* entry : first) tape.run_or_fail(*entry);
+      if (tape.error || ahead->raised) return;
+      try {
+        if (k == 0 && segment->random) ahead->keep_random();
+        for (auto value : piece.writes) ahead->keep(ahead->values[value]);
+        piece.run(ahead->values);
+      } catch (...) {
+        ahead->raised = true;
+      }
+    });
+  });
+}
+
+// Next time the stretch may begin before all of it has come.
+inline void foresee(const std::shared_ptr<Stretch>& stretch, Entry* entries) {
+  const auto& pieces = stretch->segment->pieces;
+  for (size_t k = 0; k + 1 < pieces.size(); ++k) {
+    auto* node = entries[pieces[k].end - 1].node;
+    if (!stretch->foreseeable()) node->foreseen.reset();
+    else if (node->foreseen != stretch) node->foreseen = stretch, node->piece = k;
+  }
+}
+
+// What has begun of one stretch is the beginning of another too.
+inline bool begins_alike(const Stretch& begun, const Stretch& other, size_t pieces) {
+  if (!begun.segment || !other.segment || begun.segment->call != other.segment->call) return false;
+  const auto same = [](const Piece& a, const Piece& b) { return a.end == b.end; };
+  const auto& mine = begun.segment->pieces;
+  return std::equal(mine.begin(), mine.begin() + pieces, other.segment->pieces.begin(), same);
+}
+
 inline void Engine::launch() {
+  if (ahead->stretch) {
+    py::gil_scoped_release unlocked;
+    ahead->wait();
+  }
   tape.drain_by([&](std::vector<Entry>& batch) {
     const auto lengths = compiled(batch);
+    if (ahead->stretch) {
+      py::gil_scoped_release unlocked;
+      const auto came = lengths[0] ? batch[lengths[0] - 1].node->stretch : nullptr;
+      const bool right = came && (came == ahead->stretch ||
+                                  begins_alike(*ahead->stretch, *came, ahead->begun));
+      if (!right || ahead->raised || tape.error) ahead->take_back();
+      else ahead->stretch = came, ++came->ahead;
+    }
     // a compiler at work takes the GIL from functions, not from replay: that is no fair trial
     const auto waiting = py::reinterpret_borrow<py::object>(compiler).attr("waiting");
     const bool busy = waiting.cast<int>() > 0;
     auto replay = [&](size_t from, size_t to) {
       py::gil_scoped_release unlocked;
+      ahead->take_back(), ahead->settle();
       for (size_t i = from; i < to; ++i) tape.run_or_fail(batch[i]);
     };
     for (size_t at = 0; at < batch.size();) {
@@ -120,11 +206,12 @@ inline void Engine::launch() {
       const bool waits = trial && stretch->segment->cuda;
       if (waits) wait_for_device();
       const auto start = now();
-      const int kind = tape.error ? 0 : busy ? 1 : stretch->kind();
-      const bool fits = kind != 0 && run_segment(tape, *stretch, &batch[at]);
+      const int kind = tape.error ? 0 : busy || ahead->stretch ? 1 : stretch->kind();
+      const bool fits = kind != 0 && run_segment(tape, *stretch, &batch[at], *ahead);
       if (!fits) replay(at, end);
+      else foresee(stretch, &batch[at]);
       if (waits) wait_for_device();
-      const bool ran = fits ? stretch->segment && !tape.error : kind == 0;
+      const bool ran = fits ? !tape.error : kind == 0;
       if (trial && ran) stretch->time(kind, now() - start);
       at = end;
     }

@@ -81,19 +81,35 @@ static void leave(Engine& engine) {
   engine.flush();
 }
 
-// inputs: (entry, tensor) pairs; outputs: (entry, result) pairs; varying: numbers it is given.
+// A piece: where it ends, the address of its code, the values that it is given, makes and writes.
+using Part = std::tuple<uint32_t, uintptr_t, std::vector<uint32_t>, std::vector<uint32_t>,
+                        std::vector<uint32_t>>;
+using Numbers = std::vector<int64_t>;
+using Shown = std::tuple<uint32_t, Numbers, Numbers, Numbers, int64_t>;
+
+// inputs: (entry, tensor) pairs; outputs: (entry, result) pairs; varying: numbers it is given;
+// results: what the outputs are of the values of pieces.
 static void attach(Stretch& stretch, py::object call,
                    const std::vector<std::pair<uint32_t, int32_t>>& inputs,
                    const std::vector<Result>& outputs, const std::vector<uint32_t>& first,
                    const std::vector<uint32_t>& writes, const std::set<size_t>& varying,
-                   bool grad, bool cuda, double seconds) {
+                   const std::vector<Part>& pieces, const std::vector<Shown>& results,
+                   bool random, bool grad, bool cuda, double seconds) {
   auto segment = std::make_unique<Segment>();
   for (const auto& [entry, tensor] : inputs) segment->inputs.push_back({entry, tensor});
   segment->outputs = outputs, segment->first = first, segment->writes = writes;
-  segment->grad = grad, segment->cuda = cuda;
+  segment->random = random, segment->grad = grad, segment->cuda = cuda;
+  for (const auto& [value, base, sizes, strides, offset] : results)
+    segment->results.push_back({value, base, sizes, strides, offset});
+  segment->values = inputs.size() + 1;
+  for (const auto& [end, address, given, made, written] : pieces) {
+    segment->pieces.push_back({end, reinterpret_cast<Piece::Call>(address), given, made, written});
+    segment->values += made.size();
+  }
   stretch.warm = cuda ? 6 : 2;
   segment->call = call.release().ptr();
   for (size_t i = 0; i < stretch.numbers.size(); ++i) stretch.numbers[i].varies = varying.count(i);
+  segment->given = varying.size();
   stretch.compile_s += seconds;
   stretch.segment = std::move(segment);
 }
@@ -117,12 +133,13 @@ static py::dict stats(Engine& engine) {
   d["paths"] = paths;
   py::list segments;
   double seconds = 0;
+  int64_t ahead = 0, strayed = 0;
   for (const auto& stretch : engine.stretches) {
-    seconds += stretch->compile_s;
+    seconds += stretch->compile_s, ahead += stretch->ahead, strayed += stretch->strayed;
     segments.append(py::make_tuple(stretch->length, stretch->launches, stretch->compile_s,
                                    stretch->segment ? "compiled" : stretch->state));
   }
-  d["segments"] = segments, d["compile_s"] = seconds;
+  d["segments"] = segments, d["compile_s"] = seconds, d["ahead"] = ahead, d["strayed"] = strayed;
   return d;
 }
 
@@ -166,6 +183,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("forget", [](Engine& e) { translated([&] { e.flush(), Watched::of(e).clear(); }); });
   m.def("new_engine", [] {
     engines().push_back(new Watched());
+    engines().back()->prepare();
     return engines().back();
   }, py::return_value_policy::reference);
   m.def("least", [](size_t operators) { return std::exchange(least, operators); });
@@ -206,11 +224,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     for (auto* engine : engines()) engine->tape.after_fork_in_parent();
   });
   m.def("after_fork_in_child", [] {
-    for (auto* engine : engines()) engine->tape.after_fork_in_child();
+    for (auto* engine : engines())
+      engine->tape.after_fork_in_child(), engine->ahead->after_fork_in_child();
   });
   m.def("stop_workers", [] {
     py::gil_scoped_release unlocked;
-    for (auto* engine : engines()) engine->tape.drain(), engine->tape.stop_worker();
+    for (auto* engine : engines())
+      engine->tape.drain(), engine->tape.stop_worker(), engine->ahead->stop_worker();
   });
   m.def("own_folder", [](const std::string& folder) { own_folder() = folder; });
 }

@@ -1,6 +1,7 @@
 // Stretches of the tape that one compiled function stands for.
 #pragma once
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/jit/python/pybind_utils.h>
 
 #include <set>
@@ -38,14 +39,56 @@ struct Number {
 
 using Result = std::pair<uint32_t, uint32_t>;  // an entry and which of its results
 
+// A compiled part of a stretch, called without Python. Values by number: the segment's inputs, the
+// numbers that vary in one tensor where there are some, then what pieces give.
+struct Piece {
+  using Call = void (*)(AtenTensorHandle*, AtenTensorHandle*);  // takes the inputs' handles
+
+  uint32_t end;  // entries before it are done with this piece
+  Call call;
+  std::vector<uint32_t> inputs, outputs, writes;
+
+  void run(std::vector<at::Tensor>& values) const {
+    auto handle = [](at::Tensor* t) { return reinterpret_cast<AtenTensorHandle>(t); };
+    std::vector<AtenTensorHandle> given, made(outputs.size());
+    for (auto value : inputs) given.push_back(handle(new at::Tensor(values[value])));
+    call(given.data(), made.data());
+    for (size_t i = 0; i < made.size(); ++i) {
+      std::unique_ptr<at::Tensor> result(reinterpret_cast<at::Tensor*>(made[i]));
+      values[outputs[i]] = std::move(*result);
+    }
+    for (auto value : writes) values[value].unsafeGetTensorImpl()->bump_version();
+  }
+};
+
+// What a result is of a value: its strides, the result's sizes, strides and offset.
+struct View {
+  uint32_t value;
+  std::vector<int64_t> base, sizes, strides;
+  int64_t offset;
+
+  at::Tensor of(std::vector<at::Tensor>& values) const {
+    auto& tensor = values[value];
+    if (tensor.strides() != base)  // as many elements, laid out otherwise
+      tensor = at::empty_strided(tensor.sizes(), base, tensor.options()).copy_(tensor);
+    if (tensor.sizes() == sizes && tensor.strides() == strides) return tensor;
+    return at::as_strided(tensor, sizes, strides, tensor.storage_offset() + offset);
+  }
+};
+
 struct Segment {
   std::vector<Place> inputs;
   std::vector<Result> outputs;
+  std::vector<Piece> pieces;     // in place of `call` where there are some
+  std::vector<View> results;     // of the pieces, for each output
+  size_t values = 0;              // of the pieces
+  size_t given = 0;               // numbers that vary
+  bool random = false;
   std::vector<uint32_t> first;   // entries that run as they are, before the function
   bool grad = false;             // later backward passes go through it
   bool cuda = false;
   std::vector<uint32_t> writes;  // inputs, none of which may share memory with another
-  PyObject* call;                // list of tensors -> list of tensors, numbers that vary last
+  PyObject* call;  // list of tensors -> list of tensors, numbers that vary last; or pieces' owner
 
   bool runs_first(uint32_t entry) const {
     return std::binary_search(first.begin(), first.end(), entry);
@@ -68,7 +111,7 @@ struct Stretch {
   std::unique_ptr<Segment> segment;
   std::vector<size_t> cuts;  // refused as a whole: entries between whose others it may be compiled
   std::string state = "watched";
-  int64_t seen = 0, launches = 0, misses = 0;
+  int64_t seen = 0, launches = 0, misses = 0, ahead = 0, strayed = 0;
   double compile_s = 0;
   size_t warm = 2;  // first calls of the function, which are not like later ones
   std::vector<int64_t> times[2];  // of replay, of the function
@@ -86,6 +129,8 @@ struct Stretch {
     if (settled()) return 1;
     return times[1].size() < warm || times[1].size() - warm <= times[0].size();
   }
+  // Whether it pays to begin before it is sure to come.
+  bool foreseeable() const { return strayed * 8 <= launches + 16; }
   bool settled() const { return times[0].size() >= TRIALS && times[1].size() >= TRIALS + warm; }
 
   void time(int kind, int64_t ns) {
@@ -167,7 +212,7 @@ inline void each_number(const Entry& entry, F&& f) {
 // Who else than the tape's entries from `begin` to `end` has a result of theirs.
 class Owners {
  public:
-  Owners(const Entry* begin, const Entry* end) {
+  Owners(const Entry* begin, const Entry* end, const std::vector<at::Tensor>& own = {}) {
     for (const auto* entry = begin; entry != end; ++entry) {
       for (const auto& out : entry->outs) if (out) ++held_[out.get()];
       each_given(*entry, [&](const at::Tensor& t) {
@@ -175,6 +220,10 @@ class Owners {
         auto place = held_.find(t.unsafeGetTensorImpl());
         if (place != held_.end()) ++place->second;
       });
+    }
+    for (const auto& t : own) {
+      auto place = t.defined() ? held_.find(t.unsafeGetTensorImpl()) : held_.end();
+      if (place != held_.end()) ++place->second;
     }
   }
   bool others(const PlaceholderImpl* out) const {
@@ -228,76 +277,6 @@ inline void give(PlaceholderImpl* out, at::Tensor made) {
     torch::autograd::impl::set_gradient_edge(made, torch::autograd::Edge(std::move(spent), 0));
   }
   out->become(made.unsafeGetTensorImpl());
-}
-
-// Runs the entries of a segment; false where they do not fit it and nothing was run.
-inline bool run_segment(Tape& tape, Stretch& stretch, Entry* entries) {
-  auto& segment = *stretch.segment;
-  std::vector<double> given;
-  {
-    size_t n = 0;
-    bool fits = true;
-    for (size_t e = 0; e < stretch.length; ++e)
-      each_number(entries[e], [&](size_t, int32_t, Given number) {
-        auto& known = stretch.numbers[n++];
-        if (segment.runs_first(e)) return;
-        if (known.varies) given.push_back(number.value);
-        else if (known.given.bits != number.bits) known.varies = true, fits = false;
-      });
-    if (!fits) return stretch.drop("a number changed"), false;
-  }
-  const Owners owners(entries, entries + stretch.length);
-  {
-    const auto before = stretch.wanted.size();
-    for (uint32_t e = 0; e < stretch.length; ++e)
-      for (uint32_t i = 0; i < entries[e].outs.size(); ++i)
-        if (const auto& out = entries[e].outs[i]; out && owners.others(out.get()))
-          stretch.wanted.insert({e, i});
-    if (stretch.wanted.size() != before) return stretch.drop("another result was kept"), false;
-  }
-  if (!segment.first.empty()) {
-    py::gil_scoped_release unlocked;
-    for (auto e : segment.first) tape.run_or_fail(entries[e]);
-  }
-  auto rest = [&] {
-    py::gil_scoped_release unlocked;
-    for (uint32_t e = 0; e < stretch.length; ++e)
-      if (!segment.runs_first(e)) tape.run_or_fail(entries[e]);
-  };
-  if (tape.error) return rest(), true;
-  std::vector<at::Tensor> tensors;
-  for (const auto& place : segment.inputs)
-    tensors.push_back(at_place(entries[place.entry], place.tensor));
-  if (!segment.writes.empty()) {
-    ska::flat_hash_map<const c10::StorageImpl*, int> users;
-    for (const auto& t : tensors) ++users[t.storage().unsafeGetStorageImpl()];
-    for (auto input : segment.writes)
-      if (users[tensors[input].storage().unsafeGetStorageImpl()] > 1)
-        return rest(), stretch.drop("tensors came to share memory"), true;
-  }
-  try {
-    c10::AutoGradMode mode(segment.grad);
-    py::list inputs(tensors.size() + !given.empty());
-    for (size_t i = 0; i < tensors.size(); ++i)
-      inputs[i] = py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(tensors[i])));
-    if (!given.empty()) inputs[tensors.size()] = py::cast(at::tensor(given, at::kDouble));
-    auto results =
-        py::reinterpret_steal<py::object>(PyObject_CallOneArg(segment.call, inputs.ptr()));
-    if (!results) throw py::error_already_set();
-    inputs = py::list();
-    std::vector<at::Tensor> made;
-    for (auto item : results) made.push_back(THPVariable_Unpack(item.ptr()));
-    results = py::object();
-    for (size_t i = 0; i < made.size(); ++i) {
-      const auto& [entry, result] = segment.outputs[i];
-      give(entries[entry].outs[result].get(), std::move(made[i]));
-    }
-    ++stretch.launches;
-  } catch (...) {
-    tape.fail("a compiled function");
-    rest();
-  }
-  return true;
 }
 
 }  // namespace regraft

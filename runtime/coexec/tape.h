@@ -13,6 +13,7 @@
 
 #include <chrono>
 #include <condition_variable>
+#include <functional>
 #include <mutex>
 #include <thread>
 
@@ -39,6 +40,7 @@ struct Entry {
   std::vector<c10::intrusive_ptr<PlaceholderImpl>> outs;  // null where the result is an argument
   std::unique_ptr<Backward> backward;
   std::vector<at::Tensor> old;  // what placeholders were before; readers may still look at it
+  bool ran = false;
 };
 
 class Mispredicted : public std::runtime_error {
@@ -74,6 +76,7 @@ class Tape {
   std::atomic<bool> stay_here{false};  // no other thread is to run entries
   std::exception_ptr error;
   std::string failed;
+  std::function<void()> before_drain;
 
   void push(Entry&& entry, bool overlap) {
     size_t waiting;
@@ -100,11 +103,21 @@ class Tape {
   bool idle() const { return unfinished_.load(std::memory_order_acquire) == 0; }
   size_t waiting() const { return unfinished_.load(std::memory_order_relaxed); }
 
+  // f(entries) unless another thread runs them.
+  template <typename F>
+  void look(F&& f) {
+    std::unique_lock<std::mutex> guard(run_mutex_, std::try_to_lock);
+    if (!guard) return;
+    std::lock_guard<std::mutex> locked(queue_mutex_);
+    f(queue_);
+  }
+
   // Runs everything on the tape. The caller does not hold the GIL.
   void drain() {
     TORCH_CHECK(!running_here(), "the tape was asked to run by an operator that it runs");
     Plain plain;
     std::lock_guard<std::mutex> guard(run_mutex_);
+    if (before_drain) before_drain();
     while (run_some(executed_here, 0)) {}
   }
 
@@ -228,6 +241,8 @@ class Tape {
   }
 
   void run_or_fail(Entry& entry) {
+    if (entry.ran) return;
+    entry.ran = true;
     if (!error) {
       try {
         entry.backward ? run_backward(entry) : run(entry);

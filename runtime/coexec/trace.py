@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from regraft.runtime.coexec.stretch import Entry, Plan, Unfit
 
@@ -59,31 +60,45 @@ class Traced:
         self.differentiable = found.differentiable
         before = set(found.first)
         self.random = any(x.random for e, x in enumerate(found.entries) if e not in before)
-        self._calls = [
-            self._gradients(entry) if entry.backward else self._call(e, entry, found)
+        self.passes = [e for e, entry in enumerate(found.entries) if entry.backward]
+        self.length = len(found.entries)
+        self._calls = {
+            e: self._gradients(entry) if entry.backward else self._call(e, entry, found)
             for e, entry in enumerate(found.entries)
             if e not in before
-        ]
+        }
         self._outputs = [self._ref(found.entries[e].outs[r]) for e, r in found.outputs]
         self._count = len(self._refs)
         self._refs.clear()
 
     def signature(self) -> str:
-        return f"{self._calls} {self._outputs} {len(self.varying)}"
+        return f"{list(self._calls.values())} {self._outputs} {len(self.varying)}"
 
     def __call__(self, *given: Tensor) -> list[Tensor]:
         values: dict[int, Tensor] = dict(enumerate(given[: self.inputs]))
         numbers = given[-1] if self.varying else None
-        for call in self._calls:
+        for e, call in self._calls.items():
             if isinstance(call, Gradients):
                 _differentiate(call, values)
-                continue
-            with torch.set_grad_enabled(call.grad):
-                args = [_value(arg, values, numbers) for arg in call.args]
-                result = _apply(call.op, args)
-            _store(result, call.outs, values, detach=self.differentiable and not call.grad)
+            else:
+                with torch.set_grad_enabled(call.grad):
+                    args = [_value(arg, values, numbers) for arg in call.args]
+                    result = _apply(call.op, args)
+                _store(result, call.outs, values, detach=self.differentiable and not call.grad)
+            _mark(e)
         results = [values[out.number] for out in self._outputs]
-        return results if self.differentiable else [x.detach() for x in results]
+        results = results if self.differentiable else [x.detach() for x in results]
+        _mark(self.length - 1)
+        return results
+
+    @property
+    def entries(self) -> list[int]:
+        """Those that it calls."""
+        return list(self._calls)
+
+    def end(self, calls: int) -> int:
+        """The entry after so many calls; after all of them the end of the stretch."""
+        return self.length if calls == len(self._calls) else self.entries[calls - 1] + 1
 
     def _ref(self, x: Tensor | None) -> Any:
         if x is None:
@@ -125,6 +140,17 @@ class Traced:
         if isinstance(value, list):
             return [self._argument(x, where, found, i) for i, x in enumerate(value)]
         return value
+
+
+def _mark(e: int) -> None:
+    """Nodes that were traced since the last mark are of this entry."""
+    mode = get_proxy_mode()
+    if mode is None:
+        return
+    for node in reversed(mode.tracer.graph.nodes):
+        if node.op == "placeholder" or "entry" in node.meta:
+            break
+        node.meta["entry"] = e
 
 
 def _value(arg: Any, values: dict[int, Tensor], numbers: Tensor | None) -> Any:

@@ -50,6 +50,8 @@ struct TraceNode {
   bool backward_known = false;
   BackwardSpec backward;
   std::shared_ptr<Stretch> stretch;  // of operators put off together, ending here
+  std::shared_ptr<Stretch> foreseen;  // may be begun here, with this piece of it
+  uint32_t piece = 0;
   std::vector<std::unique_ptr<TraceNode>> children;
   std::unique_ptr<Remark> remark;
 
