@@ -17,7 +17,7 @@ from torch import Tensor
 from regraft.runtime.coexec.hooks import compiling, keep_traces_apart, quietly
 from regraft.runtime.coexec.pieces import Pieces, compiled, cut, ends
 from regraft.runtime.coexec.recorded import Function, OnDevice, Recorded
-from regraft.runtime.coexec.stretch import LEAST, Entry, Plan, Result, Unfit, plan
+from regraft.runtime.coexec.stretch import Entry, Plan, Result, Unfit, plan
 from regraft.runtime.coexec.trace import Traced
 
 log = logging.getLogger("regraft")
@@ -158,6 +158,7 @@ def compile_function(
         if traced.varying:
             given.append(torch.empty(len(traced.varying), dtype=torch.float64, device=device))
         graph = make_fx(traced, tracing_mode="real")(*given)
+    _draw_apart(graph.graph)
     graph.graph.eliminate_dead_code()
     graph.recompile()
     if backend == "inductor" and device.type == "cpu":
@@ -173,8 +174,29 @@ def compile_function(
     return call
 
 
+def _draw_apart(graph: torch.fx.Graph) -> None:
+    """Inductor may read what bernoulli_ writes before it does; here it is an operator apart."""
+    draw = _bernoulli()
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.bernoulli_.float):
+        target, *rest = node.args
+        with graph.inserting_before(node):
+            drawn = graph.call_function(draw, (target, *(rest or [0.5])))
+            copied = graph.call_function(torch.ops.aten.copy_.default, (target, drawn))
+        for new in (drawn, copied):
+            new.meta.update(node.meta)
+        node.replace_all_uses_with(copied)
+        graph.erase_node(node)
+
+
+@cache
+def _bernoulli() -> Any:
+    name = "regraft_coexec::bernoulli"
+    torch.library.register_fake(name, lambda like, p: torch.empty_like(like))
+    return torch.ops.regraft_coexec.bernoulli.default
+
+
 def _pieces(graph: torch.fx.GraphModule, traced: Traced, inputs: int) -> Pieces | None:
-    where = ends(traced.entries, traced.passes, traced.length, LEAST)
+    where = ends(traced.entries, traced.passes, traced.length)
     if traced.differentiable or len(where) == 1:
         return None
     found = cut(graph.graph, where, inputs)

@@ -4,7 +4,7 @@
 
 namespace regraft {
 
-inline size_t least = 8;  // operators worth a function
+inline size_t least = 16;  // operators worth a function
 constexpr int64_t WATCHED = 3;
 
 // For each entry the length of the longest compiled stretch that begins there, or 0.

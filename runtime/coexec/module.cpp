@@ -10,6 +10,16 @@ TORCH_LIBRARY_IMPL(_, TESTING_ONLY_GenericWrapper, m) {
   m.fallback(torch::CppFunction::makeFromBoxedFunction<&regraft::materialise>());
 }
 
+// torch's bernoulli_ with its result as a tensor of its own.
+TORCH_LIBRARY(regraft_coexec, m) {
+  m.def("bernoulli(Tensor like, float p) -> Tensor", {at::Tag::nondeterministic_seeded});
+}
+TORCH_LIBRARY_IMPL(regraft_coexec, CompositeExplicitAutograd, m) {
+  m.impl("bernoulli", [](const at::Tensor& like, double p) {
+    return at::empty_like(like).bernoulli_(p);
+  });
+}
+
 namespace regraft {
 
 // Engines are reused, never freed: placeholders may outlive the function they come from.

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-LONG = 96  # entries
+LEAST, LONG = 8, 96  # entries of a part, and of a stretch without backward passes that is cut
 ENTRY = "_Z19inductor_entry_implPP16AtenTensorOpaqueS1_"  # of every module of that wrapper
 RELEASE = "py::gil_scoped_release_simple release;"
 IF_HELD = "if (PyGILState_Check()) release.emplace();"
@@ -51,7 +51,7 @@ class Pieces:
     owners: list[Any]
 
 
-def ends(calls: Sequence[int], passes: Sequence[int], length: int, least: int) -> list[int]:
+def ends(calls: Sequence[int], passes: Sequence[int], length: int) -> list[int]:
     """The entries where the parts of a stretch end, of these calls and backward passes: amid the
     first forward pass and after the last backward pass. Long ones without are cut at the thirds."""
     if passes:
@@ -60,7 +60,7 @@ def ends(calls: Sequence[int], passes: Sequence[int], length: int, least: int) -
         inner = [calls[len(calls) // 3], calls[2 * len(calls) // 3]] if length > LONG else []
     found = [0]
     for end in inner:
-        if end - found[-1] >= least and end < length:
+        if end - found[-1] >= LEAST and end < length:
             found.append(end)
     return [*found[1:], length]
 

@@ -15,7 +15,12 @@ from regraft.runtime.coexec.picture import dot, svg
 
 COUNTS = ("deferred", "recorded", "at_once", "backwards", "backwards_eager", "nodes",
           "executed_here", "executed_aside", "stall_s", "aside_s")  # fmt: skip
-LATER = {"graph_stall_s": 0.0, "compile_s": 0.0}  # counts that an engine may lack
+LATER = {
+    "graph_stall_s": 0.0,
+    "compile_s": 0.0,
+    "ahead": 0,
+    "strayed": 0,
+}  # counts that an engine may lack
 _watchers: list[Watch] = []
 
 
@@ -27,8 +32,10 @@ class Report:
     fallbacks: reason to operators run at once for it; paths: (operators, calls that ended there);
     stall_s: seconds that Python waited; graph_stall_s: seconds inside calls in which no operator
     put off ran, at least; aside_s: seconds that the other thread computed. segments: (operators,
-    launches, seconds to compile, state); compile_s: seconds in all. traces: the trace graph of each
-    thread, parents first: (parent, operator, visits, ends, source line, waits by line).
+    launches, seconds to compile, state); compile_s: seconds in all; ahead, strayed: launches begun
+    before their operators had all come, and those taken back since others came. traces: the trace
+    graph of each thread, parents first: (parent, operator, visits, ends, source line, waits by
+    line).
     """
 
     name: str
@@ -46,6 +53,8 @@ class Report:
     graph_stall_s: float = 0.0
     aside_s: float = 0.0
     compile_s: float = 0.0
+    ahead: int = 0
+    strayed: int = 0
     segments: list[tuple[int, int, float, str]] = field(default_factory=list)
     paths: list[tuple[int, int]] = field(default_factory=list)
     fetches: dict[str, tuple[int, float]] = field(default_factory=dict)
@@ -109,7 +118,8 @@ class Report:
             f"Python waited {self.stall_s:.3f} s, the operators {self.graph_stall_s:.3f} s",
         ]
         if self.segments:
-            lines.append(f"segments: {self.compiled} in {self.compile_s:.1f} s")
+            begun = f"; {self.ahead} launches begun ahead, {self.strayed} taken back"
+            lines.append(f"segments: {self.compiled} in {self.compile_s:.1f} s{begun}")
         if self.eager_s is not None and self.coexecuted_s is not None:
             lines.append(
                 f"a call: {self.eager_s * 1e3:.3f} ms eager, {self.coexecuted_s * 1e3:.3f} ms so"
