@@ -23,7 +23,7 @@ from regraft.runtime.coexec.compiled import Compiler
 from regraft.runtime.coexec.hooks import install, wrap_dynamo
 from regraft.runtime.coexec.report import Report, caller, ended, made
 
-WARM, MOST_WARM, WORTH, AGAIN, SETTLED = 2, 20, 0.98, 512, 24
+WARM, MOST_WARM, WORTH, AGAIN, SETTLED = 2, 20, 0.98, 8, 24
 TRIALS, MORE, SECONDS = 8, 32, 0.5  # of each kind: at least, and at most unless that is short
 WARMING, COMPILING, TRYING, EAGER = "warming up", "compiling", "on trial", "eager"
 ASIDE, HERE = "co-executed on two threads", "co-executed on one thread"
@@ -62,6 +62,7 @@ class Coexecuted:
             self._kinds += (COMPILED,)
         self._mode, self._calls, self._repeats = WARMING if measure else self._kinds[-1], 0, 0
         self._quiet = 0  # calls since anything was compiled
+        self._again = 0  # the call from which kinds are timed anew
         self._times: dict[str, list[float]] = {kind: [] for kind in self._kinds}
         self._threads = threading.local()
         self._engines: list[Any] = []
@@ -79,7 +80,7 @@ class Coexecuted:
             return self._warm(engine, args, kwargs)
         if self._mode == COMPILING:
             return self._compile(engine, args, kwargs)
-        if self._measure and self._calls % AGAIN == 0:  # the machine may be busier than it was
+        if self._measure and self._calls == self._again:  # the machine may be busier than it was
             self._mode, self._times = TRYING, {kind: [] for kind in self._kinds}
         if self._mode == TRYING:
             return self._time(engine, args, kwargs)
@@ -163,6 +164,7 @@ class Coexecuted:
         return {kind: statistics.median(times) for kind, times in self._times.items()}
 
     def _decide(self) -> None:
+        self._again = AGAIN * self._calls
         medians = self._medians()
         best = min(self._kinds[1:], key=lambda kind: medians[kind])
         ratio = medians[best] / medians[EAGER]
