@@ -3,6 +3,9 @@
 A step issues stretches of matrix products and works in plain Python after each, nothing of which
 needs a value; at its end it reads one. The same segments run one after the other (overlap=False)
 and at once (overlap=True), interleaved, medians. The bound is that of the longer side alone.
+
+Two checks are of costs: of an operator that is put off, the program's own loop included, and of a
+launch, which is all that Python waits for where a compiled stretch has next to nothing to compute.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +23,7 @@ from regraft.benchmarks.harness import Check, Result, environment, interleaved, 
 STRETCHES, PRODUCTS, WIDTH = 4, 64, 160
 EAGER, SERIAL, OVERLAPPED = "eager", "one thread", "two threads"
 REPLAY: dict[str, Any] = {"backend": "replay", "measure": False}
+CHAIN, SHORT, CALLS, WARM = 256, 24, 50, 30
 SHARES = (0.5, 1.0, 2.0)  # Python's work, of the operators'
 
 
@@ -50,6 +55,7 @@ class Mixed:
 def run(quick: bool) -> Result:
     rounds, shares = (8, (1.0,)) if quick else (40, SHARES)
     with threads(1), progress("coexec-overlap", len(shares)) as stage:
+        put_off, launch = _put_off() * 1e6, _launch() * 1e6
         graph = _seconds(Mixed(0).step)
         turn = _seconds(Mixed(100_000).work) / 100_000
         rows = []
@@ -59,6 +65,8 @@ def run(quick: bool) -> Result:
     even = next(row["serial / overlapped"] for row in rows if row["python share"] == 1)
     checks = [
         Check.at_least("equal work: serial / overlapped", even, 1.5),
+        Check.at_most("an operator put off, us", put_off, 1),
+        Check.at_most("a compiled stretch launched, us", launch, 10),
         Check.at_most("results that differ", float(sum(row["differs"] for row in rows)), 0),
     ]
     command = f"regraft bench coexec-overlap{' --quick' if quick else ''}"
@@ -96,6 +104,43 @@ def _row(share: float, turns: int, rounds: int) -> dict[str, Any]:
         "graph stall ms": (after.graph_stall_s - before.graph_stall_s) / calls * 1e3,
         "differs": differs,
     }
+
+
+@torch.no_grad()
+def _chain(x: torch.Tensor, y: torch.Tensor, length: int) -> float:
+    for _ in range(length):
+        x = x + y
+    return x.sum().item()
+
+
+def _put_off() -> float:
+    import regraft
+
+    step = regraft.coexecute(_chain, **REPLAY, overlap=False)
+    return _per_call(step, CHAIN, waiting=False) / CHAIN
+
+
+def _launch() -> float:
+    import regraft
+
+    step = regraft.coexecute(_chain, measure=False)
+    return _per_call(step, SHORT, waiting=True)
+
+
+def _per_call(step: Any, length: int, waiting: bool) -> float:
+    """Seconds that Python waits for values, or works besides."""
+    call = partial(step, torch.zeros(4, 4), torch.ones(4, 4), length)
+    for _ in range(WARM):
+        call()
+    found = []
+    for _ in range(9):
+        before, start = step.report().stall_s, time.perf_counter()
+        for _ in range(CALLS):
+            call()
+        taken = time.perf_counter() - start
+        waited = step.report().stall_s - before
+        found.append((waited if waiting else taken - waited) / CALLS)
+    return statistics.median(found)
 
 
 def _seconds(function: Callable[[], Any], times: int = 9) -> float:

@@ -197,7 +197,7 @@ def _bernoulli() -> Any:
 
 def _pieces(graph: torch.fx.GraphModule, traced: Traced, inputs: int) -> Pieces | None:
     where = ends(traced.entries, traced.passes, traced.length)
-    if traced.differentiable or len(where) == 1:
+    if traced.differentiable:
         return None
     found = cut(graph.graph, where, inputs)
     if found is None:

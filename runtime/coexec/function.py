@@ -189,8 +189,9 @@ def coexecute(
     A decorator, with or without arguments, or a call. The first calls record what operators give;
     later ones put operators off and run them in order, in whole stretches, until Python wants a
     value. backend: "inductor" compiles stretches that come again, backward passes and updates of
-    parameters included, on a thread of its own while calls go on; "aten" runs the graphs that it is
-    given, unfused, and "replay" the operators themselves.
+    parameters included, on a thread of its own while calls go on: to pieces that begin on a second
+    core before the stretch has come whole, and on CUDA to recorded graphs. "aten" runs the graphs
+    that it is given, unfused, and "replay" the operators themselves.
     measure: time calls of each kind first and keep the fastest, eager among them, compiling beside
     them; without it stretches are compiled as they come, and calls wait; overlap: replay
     on another thread besides Python's.
@@ -201,7 +202,7 @@ def coexecute(
     Not seen: numpy arrays of a tensor made before the first use of co-execution in the process and
     written while it runs, and ``torch.default_generator``'s own methods (torch.manual_seed and the
     like are). Backward passes through hooks, functions of one's own or graphs of earlier calls run
-    at once, as does all under autocast or inference mode and on other devices than the CPU.
+    at once, as does all under autocast or inference mode and on devices other than CPU and CUDA.
     """
     if function is None:
         return functools.partial(coexecute, backend=backend, measure=measure, overlap=overlap)

@@ -1,4 +1,4 @@
-"""A traced stretch cut into pieces that C++ calls one after another, without Python.
+"""A traced stretch, cut into pieces where it is long, that C++ calls without Python.
 
 Each is compiled by Inductor's C++ wrapper. What passes from one to the next are values that own
 their memory: views are made anew where they are used.
