@@ -1,5 +1,5 @@
-// Pieces of a compiled stretch, begun on another thread as soon as Python has called what they stand
-// for. What they did is taken back where the program then goes another way.
+// Pieces of a compiled stretch, begun on another thread as soon as Python has called what they
+// stand for. What they did is taken back where the program then goes another way.
 #pragma once
 #include <ATen/CPUGeneratorImpl.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -47,7 +47,8 @@ class Ahead {
     if (!stretch) return;
     wait();
     c10::NoGradGuard no_grad;
-    for (auto item = before_.rbegin(); item != before_.rend(); ++item) item->first.copy_(item->second);
+    std::reverse(before_.begin(), before_.end());
+    for (auto& [tensor, kept] : before_) tensor.copy_(kept);
     if (random_.defined()) {
       auto generator = at::detail::getDefaultCPUGenerator();
       std::lock_guard<std::mutex> guard(generator.mutex());

@@ -196,15 +196,18 @@ def _bernoulli() -> Any:
 
 
 def _pieces(graph: torch.fx.GraphModule, traced: Traced, inputs: int) -> Pieces | None:
+    """None where it is to be one function of Python's."""
     where = ends(traced.entries, traced.passes, traced.length)
-    if traced.differentiable:
-        return None
-    found = cut(graph.graph, where, inputs)
+    found = None if traced.differentiable else cut(graph.graph, where, inputs)
     if found is None:
         return None
     parts, owners = [], []
     for part in found[0]:
-        made = compiled(part, _options(traced))
+        try:
+            made = compiled(part, _options(traced))
+        except Exception as error:
+            log.debug("a stretch is compiled to Python, not to C++", exc_info=error)
+            made = None
         if made is None:
             return None
         calls = bisect_left(traced.entries, part.end)

@@ -25,7 +25,8 @@ class Engine {
   Tape tape;
   TraceGraph* graph = new TraceGraph();
   Metas metas;
-  bool overlap = true, anchored = true, paused = false;
+  bool anchored = true, paused = false;
+  bool begins = true;  // compiled stretches on another thread before they have come whole
   PyObject* compiler = nullptr;  // compiles stretches of operators; null: none are compiled
   int64_t deferred = 0, recorded = 0, at_once = 0, backwards = 0, backwards_eager = 0, stall_ns = 0;
   std::map<std::string, int64_t> reasons;
@@ -191,8 +192,8 @@ class Engine {
 
   void put_off(Entry&& entry) {
     const auto* node = entry.node;
-    tape.push(std::move(entry), overlap);
-    if (compiler && node && node->foreseen) go_ahead(*node);
+    tape.push(std::move(entry));
+    if (begins && compiler && node && node->foreseen) go_ahead(*node);
     if (tape.waiting() > Tape::LONGEST) flush();
   }
 

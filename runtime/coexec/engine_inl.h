@@ -16,7 +16,7 @@ inline void Engine::flush() {
     } else {
       std::optional<py::gil_scoped_release> unlocked;
       if (PyGILState_Check()) unlocked.emplace();
-      tape.drain();
+      while (tape.drain_some()) collect();  // memory that Python let go of is used again
     }
     collect();
     stall_ns += now() - start;

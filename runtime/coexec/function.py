@@ -27,7 +27,7 @@ WARM, MOST_WARM, WORTH, AGAIN, SETTLED = 2, 20, 0.98, 8, 24
 TRIALS, MORE, SECONDS = 8, 32, 0.5  # of each kind: at least, and at most unless that is short
 WARMING, COMPILING, TRYING, EAGER = "warming up", "compiling", "on trial", "eager"
 ASIDE, HERE = "co-executed on two threads", "co-executed on one thread"
-COMPILED = "co-executed, compiled"
+COMPILED, AHEAD = "co-executed, compiled", "co-executed, compiled, on two threads"
 BACKENDS = ("inductor", "aten", "replay")
 
 log = logging.getLogger("regraft")
@@ -57,9 +57,10 @@ class Coexecuted:
         functools.update_wrapper(self, function, updated=())
         self._function, self._measure, self._overlap = function, measure, overlap
         self._compiler = None if backend == "replay" else Compiler(backend, measure)
-        self._kinds: tuple[str, ...] = (EAGER, HERE, ASIDE) if overlap else (EAGER, HERE)
-        if self._compiler:
-            self._kinds += (COMPILED,)
+        kinds: tuple[str, ...] = (EAGER, HERE, COMPILED) if self._compiler else (EAGER, HERE)
+        if overlap:
+            kinds += (ASIDE, AHEAD) if self._compiler else (ASIDE,)
+        self._kinds = kinds
         self._mode, self._calls, self._repeats = WARMING if measure else self._kinds[-1], 0, 0
         self._quiet = 0  # calls since anything was compiled
         self._again = 0  # the call from which kinds are timed anew
@@ -117,8 +118,8 @@ class Coexecuted:
     def _run(self, kind: str, engine: Any, args: Any, kwargs: Any) -> Any:
         if kind == EAGER:
             return self._function(*args, **kwargs)
-        compiler = self._compiler if kind == COMPILED else None
-        return run(engine, kind == ASIDE, self._function, args, kwargs, compiler)
+        compiler = self._compiler if kind in (COMPILED, AHEAD) else None
+        return run(engine, kind in (ASIDE, AHEAD), self._function, args, kwargs, compiler)
 
     def _warm(self, engine: Any, args: Any, kwargs: Any) -> Any:
         """Until calls repeat."""
@@ -138,7 +139,7 @@ class Coexecuted:
         """Until what can be compiled is, while calls go on."""
         assert self._compiler is not None
         made = self._compiler.made
-        result = self._run(COMPILED, engine, args, kwargs)
+        result = self._run(self._kinds[-1], engine, args, kwargs)
         idle = self._compiler.waiting == 0 and self._compiler.made == made
         self._quiet = self._quiet + 1 if idle else 0
         if self._quiet >= SETTLED:
@@ -193,8 +194,8 @@ def coexecute(
     core before the stretch has come whole, and on CUDA to recorded graphs. "aten" runs the graphs
     that it is given, unfused, and "replay" the operators themselves.
     measure: time calls of each kind first and keep the fastest, eager among them, compiling beside
-    them; without it stretches are compiled as they come, and calls wait; overlap: replay
-    on another thread besides Python's.
+    them; without it stretches are compiled as they come, and calls wait; overlap: run operators on
+    another thread besides Python's.
 
     Replayed values, gradients, random numbers and errors are eager's, to the bit; compiled ones
     within rounding, with eager's random numbers, but an index out of range is a RuntimeError there.

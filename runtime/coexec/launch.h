@@ -103,13 +103,12 @@ inline void Engine::prepare() {
 
 // Python has come to where a piece of the stretch that came here last may begin.
 inline void Engine::go_ahead(const TraceNode& node) {
-  static const auto cores = static_cast<int>(std::thread::hardware_concurrency());
   const auto stretch = node.foreseen;
   const auto k = node.piece;
   const auto* segment = stretch->segment.get();
   if (!segment || k + 1 >= segment->pieces.size() || tape.error) return;
   if (k > 0 ? ahead->stretch != stretch || ahead->begun != k
-            : ahead->stretch || stretch->kind() == 0 || at::get_num_threads() >= cores)
+            : ahead->stretch || stretch->kind() == 0)
     return;
   const auto& piece = segment->pieces[k];
   const auto from = k > 0 ? segment->pieces[k - 1].end : 0;

@@ -70,7 +70,8 @@ static void sync(const std::optional<at::Tensor>& tensor) {
 
 static bool enter(Engine& engine, bool anchored, bool overlap, const py::object& compiler) {
   if (Engine::active()) return false;
-  engine.anchored = anchored, engine.overlap = overlap && compiler.is_none();
+  engine.anchored = anchored, engine.tape.aside = overlap && compiler.is_none();
+  engine.begins = overlap;
   engine.compiler = compiler.is_none() ? nullptr : compiler.ptr();
   engine.restart_path();
   Watched::of(engine).entered = now();
@@ -139,7 +140,8 @@ static py::dict stats(Engine& engine) {
     fetches[py::str(line)] = py::make_tuple(fetch.count, fetch.ns * 1e-9);
   d["fetches"] = fetches;
   py::list paths;
-  for (const auto& [node, depth] : engine.graph->ends()) paths.append(py::make_tuple(depth, node->ends));
+  for (const auto& [node, depth] : engine.graph->ends())
+    paths.append(py::make_tuple(depth, node->ends));
   d["paths"] = paths;
   py::list segments;
   double seconds = 0;

@@ -116,6 +116,8 @@ class _Cut:
     def _view(self, node: Node) -> View:
         base = origin(node)
         val, of = node.meta["val"], base.meta["val"]
+        if val.dtype != of.dtype or val.is_conj() != of.is_conj() or val.is_neg() != of.is_neg():
+            raise _Whole
         offset = val.storage_offset() - of.storage_offset()
         return self.values[base], of.stride(), tuple(val.shape), val.stride(), offset
 
@@ -225,7 +227,9 @@ def compiled(part: Part, options: dict[str, Any]) -> tuple[int, Any] | None:
     if entry is None or IF_HELD not in text or counts != [len(part.inputs), len(part.outputs)]:
         return None
     library = ctypes.CDLL(entry.__self__.__file__)
-    return ctypes.cast(getattr(library, ENTRY), ctypes.c_void_p).value or 0, (entry, library)
+    code = getattr(library, ENTRY, None)
+    address = ctypes.cast(code, ctypes.c_void_p).value if code else None
+    return (address, (entry, library)) if address else None
 
 
 @contextmanager

@@ -97,8 +97,8 @@ inline bool run_function(Tape& tape, Stretch& stretch, Entry* entries,
   return true;
 }
 
-// Runs the entries of a segment; false where they do not fit it: they are to be replayed, apart from
-// those that ran.
+// Runs the entries of a segment; false where they do not fit it: those that did not run are to be
+// replayed.
 inline bool run_segment(Tape& tape, Stretch& stretch, Entry* entries, Ahead& ahead) {
   auto& segment = *stretch.segment;
   std::vector<double> given;

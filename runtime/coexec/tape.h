@@ -73,12 +73,13 @@ class Tape {
  public:
   static constexpr size_t CHUNK = 48, LONGEST = 4096;
   std::atomic<int64_t> executed_here{0}, executed_aside{0}, aside_ns{0};
-  std::atomic<bool> stay_here{false};  // no other thread is to run entries
+  std::atomic<bool> stay_here{false};  // no other thread is ever to run entries
+  std::atomic<bool> aside{false};      // another thread is to run entries now
   std::exception_ptr error;
   std::string failed;
   std::function<void()> before_drain;
 
-  void push(Entry&& entry, bool overlap) {
+  void push(Entry&& entry) {
     size_t waiting;
     {
       std::lock_guard<std::mutex> guard(queue_mutex_);
@@ -86,7 +87,7 @@ class Tape {
       waiting = queue_.size();
     }
     unfinished_.fetch_add(1, std::memory_order_relaxed);
-    if (overlap && !stay_here && waiting >= CHUNK && waiting % 16 == 0) wake();
+    if (helps() && waiting >= CHUNK && waiting % 16 == 0) wake();
   }
 
   // The last entry is still here and made `placeholder`: gives its result to `other`.
@@ -100,8 +101,18 @@ class Tape {
     return true;
   }
 
+  bool helps() const { return aside && !stay_here; }
   bool idle() const { return unfinished_.load(std::memory_order_acquire) == 0; }
   size_t waiting() const { return unfinished_.load(std::memory_order_relaxed); }
+
+  // Runs some of what is on the tape; false where that is nothing.
+  bool drain_some() {
+    TORCH_CHECK(!running_here(), "the tape was asked to run by an operator that it runs");
+    Plain plain;
+    std::lock_guard<std::mutex> guard(run_mutex_);
+    if (before_drain) before_drain();
+    return run_some(executed_here, 0);
+  }
 
   // f(entries) unless another thread runs them.
   template <typename F>
@@ -196,13 +207,13 @@ class Tape {
       {
         std::unique_lock<std::mutex> guard(wake_mutex_);
         asleep_ = true;
-        wake_.wait(guard, [this] { return stop_ || (!stay_here && waiting() >= CHUNK); });
+        wake_.wait(guard, [this] { return stop_ || (helps() && waiting() >= CHUNK); });
         asleep_ = false;
         if (stop_) return;
       }
       std::lock_guard<std::mutex> guard(run_mutex_);
       const auto start = now();
-      if (!stay_here) run_some(executed_aside, 1);
+      if (helps()) run_some(executed_aside, 1);
       aside_ns += now() - start;
     }
   }

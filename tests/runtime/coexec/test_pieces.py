@@ -1,6 +1,5 @@
 """Stretches cut into pieces that begin before all of their operators have come."""
 
-import os
 import threading
 
 import pytest
@@ -13,8 +12,6 @@ from regraft.benchmarks.programs import PROGRAMS
 from regraft.runtime.coexec import compiled
 from regraft.runtime.coexec.pieces import cut, ends
 from regraft.runtime.coexec.stretch import Unfit
-
-pytestmark = pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="pieces begin on a second core")
 
 
 @pytest.fixture(autouse=True)
