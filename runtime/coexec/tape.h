@@ -71,7 +71,7 @@ class Plain {
 
 class Tape {
  public:
-  static constexpr size_t CHUNK = 48, LONGEST = 4096;
+  static constexpr size_t CHUNK = 48, FEW = 8, LONGEST = 4096;  // FEW: worth no sleep
   std::atomic<int64_t> executed_here{0}, executed_aside{0}, aside_ns{0};
   std::atomic<bool> stay_here{false};  // no other thread is ever to run entries
   std::atomic<bool> aside{false};      // another thread is to run entries now
@@ -213,7 +213,7 @@ class Tape {
       }
       std::lock_guard<std::mutex> guard(run_mutex_);
       const auto start = now();
-      if (helps()) run_some(executed_aside, 1);
+      while (helps() && waiting() >= FEW && run_some(executed_aside, 1)) {}
       aside_ns += now() - start;
     }
   }
