@@ -198,7 +198,7 @@ def coexecute(
     another thread besides Python's.
 
     Replayed values, gradients, random numbers and errors are eager's, to the bit; compiled ones
-    within rounding, with eager's random numbers, but an index out of range is a RuntimeError there.
+    within rounding, with eager's random numbers; an index out of range may be a RuntimeError there.
 
     Not seen: numpy arrays of a tensor made before the first use of co-execution in the process and
     written while it runs, and ``torch.default_generator``'s own methods (torch.manual_seed and the

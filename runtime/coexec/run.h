@@ -35,8 +35,8 @@ inline at::Tensor& numbers_of(const Segment& segment, std::vector<at::Tensor>& v
 }
 
 // The pieces that have not begun; false where nothing is to be left of any.
-inline bool run_pieces(Tape& tape, Stretch& stretch, Entry* entries,
-                       const std::vector<double>& given, Ahead& ahead) {
+inline bool run_pieces(Stretch& stretch, Entry* entries, const std::vector<double>& given,
+                       Ahead& ahead) {
   const auto& segment = *stretch.segment;
   auto& values = ahead.values;
   values.resize(segment.values);
@@ -67,8 +67,7 @@ inline bool run_pieces(Tape& tape, Stretch& stretch, Entry* entries,
   return true;
 }
 
-inline bool run_function(Tape& tape, Stretch& stretch, Entry* entries,
-                         const std::vector<double>& given) {
+inline bool run_function(Stretch& stretch, Entry* entries, const std::vector<double>& given) {
   const auto& segment = *stretch.segment;
   std::vector<at::Tensor> tensors;
   std::vector<uint32_t> all;
@@ -125,8 +124,8 @@ inline bool run_segment(Tape& tape, Stretch& stretch, Entry* entries, Ahead& ahe
   }
   if (tape.error) return false;
   try {
-    const bool ran = segment.pieces.empty() ? run_function(tape, stretch, entries, given)
-                                            : run_pieces(tape, stretch, entries, given, ahead);
+    const bool ran = segment.pieces.empty() ? run_function(stretch, entries, given)
+                                            : run_pieces(stretch, entries, given, ahead);
     if (ran) ++stretch.launches;
     return ran;
   } catch (...) {

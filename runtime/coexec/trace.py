@@ -68,7 +68,6 @@ class Traced:
             if e not in before
         }
         self._outputs = [self._ref(found.entries[e].outs[r]) for e, r in found.outputs]
-        self._count = len(self._refs)
         self._refs.clear()
 
     def signature(self) -> str:
