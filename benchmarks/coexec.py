@@ -2,8 +2,9 @@
 
 Each contender runs in a process of its own beside eager, one step each a round, both from the same
 state and seed; medians. A ratio is to the eager of the same process. Settled is when nothing more
-is compiled, from the first step on, with the compiler's cache empty; warm-up is that time beyond as
-many eager steps; "regraft, again" is a second process with that cache.
+is compiled, from the first step on, with all caches empty; warm-up is that time beyond as many
+eager steps; "regraft, again" is a second process with those caches. On CUDA warming up is timed in
+processes of its own, since those that wait to measure pause.
 """
 
 from __future__ import annotations
@@ -26,10 +27,13 @@ import torch
 
 from regraft.benchmarks.harness import Check, Result, environment, progress
 from regraft.benchmarks.programs import PAPER, PROGRAMS
+from regraft.runtime.coexec.build import built
 
 EAGER, MODULE, STEP = "eager", "compile module", "compile step"
 REGRAFT, AGAIN = "regraft", "regraft, again"
 GRAPHS = {f"{which}, reduce-overhead": which for which in (MODULE, STEP)}
+WHOLE, WARM_UP = "whole", "warm-up"
+CACHES = ("REGRAFT_CACHE", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 WARM, ROUNDS, MOST_ROUNDS = 30, 60, 500
 MEASURED, SETTLING, PAUSE = 3.0, 240.0, 0.1  # seconds
 COLUMNS = ("eager steps/s", "steps/s", "ratio", "warm-up s", "settled s", "graphs", "breaks",
@@ -44,29 +48,50 @@ def run(quick: bool) -> Result:
     rivals = [REGRAFT, MODULE] if quick else [REGRAFT, AGAIN, MODULE, STEP]
     if device == "cuda" and not quick:
         rivals = [REGRAFT, *GRAPHS.values(), *GRAPHS]
-    jobs = [(rival, name) for rival in rivals for name in names]
-    width = (os.cpu_count() or 1) // 2 if device == "cuda" else 1  # one at a time measures
-    with tempfile.TemporaryDirectory() as folder, progress("coexec", len(jobs)) as stage:
+    # on a device processes run side by side, but one at a time measures
+    width = max(1, (os.cpu_count() or 1) // 2) if device == "cuda" else 1
+    stages = [[(rival, WHOLE, name) for rival in rivals for name in names]]
+    if device == "cuda" and not quick:
+        stages[:0] = [[(rival, WARM_UP, name) for name in names] for rival in (REGRAFT, AGAIN)]
+    total = sum(map(len, stages))
+    with tempfile.TemporaryDirectory() as folder, progress("coexec", total) as tell:
 
-        def job(one: tuple[str, str]) -> dict[str, Any]:
-            rival, name = one
-            row = _fresh(name, rival, device, Path(folder))
-            stage(f"{name}, {rival}")
-            return row
+        def row(job: tuple[str, str, str]) -> dict[str, Any]:
+            rival, which, name = job
+            made = _fresh(name, rival, device, Path(folder), which)
+            tell(f"{name}, {rival}")
+            return made
 
-        with ThreadPoolExecutor(max(1, width)) as pool:
-            rows = list(pool.map(job, jobs))
+        rows: list[dict[str, Any]] = []
+        with ThreadPoolExecutor(width) as pool:
+            for stage in stages:
+                rows += pool.map(row, stage)
+    rows = _merged(rows)
     rows.sort(key=lambda row: names.index(row["model"]))
     command = f"regraft bench coexec{' --quick' if quick else ''}"
     return Result(command, environment(), rows, _checks(rows, device), chart="ratio")
 
 
-def _fresh(name: str, rival: str, device: str, folder: Path) -> dict[str, Any]:
+def _merged(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row a program and contender; what warming up alone took counts."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in rows:
+        known = found.setdefault((row["model"], row["test"]), row)
+        known |= {key: x for key, x in row.items() if known[key] is None}
+    return list(found.values())
+
+
+def _fresh(name: str, rival: str, device: str, folder: Path, which: str) -> dict[str, Any]:
     """The row of one program and contender, from a process of its own."""
-    command = [sys.executable, "-m", "regraft.benchmarks.coexec", name, rival, device, str(folder)]
+    command = [sys.executable, "-m", "regraft.benchmarks.coexec"]
+    command += [name, rival, device, str(folder), which]
     place = f"{name} {REGRAFT if rival == AGAIN else rival}"
-    cache = str(folder / re.sub(r"\W+", "-", place))  # compilers want names without blanks
-    own = {"TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": cache}
+    cache = folder / re.sub(r"\W+", "-", place)  # compilers want names without blanks
+    extension = cache / "coexec" / built().name
+    extension.parent.mkdir(parents=True, exist_ok=True)
+    extension.unlink(missing_ok=True)
+    extension.symlink_to(built())
+    own = dict.fromkeys(CACHES, str(cache))
     try:
         result = subprocess.run(
             command, capture_output=True, text=True, timeout=SECONDS, env=os.environ | own
@@ -79,23 +104,26 @@ def _fresh(name: str, rival: str, device: str, folder: Path) -> dict[str, Any]:
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def measure(name: str, rival: str, device: str, folder: str) -> dict[str, Any]:
-    """Steps a second, the ratio to eager and what warming up took, of a process that did nothing
-    before. Both programs take the same steps with the same random numbers."""
+def measure(name: str, rival: str, device: str, folder: str, which: str) -> dict[str, Any]:
+    """Steps a second, the ratio to eager and what warming up took, or that only, of a process that
+    did nothing before. Both programs take the same steps with the same random numbers."""
     eager, step = _contender(EAGER, name, device), _contender(rival, name, device)
     with open(Path(folder, "lock"), "w") as lock:
         warm = [_seconds(eager, n) for n in range(WARM)]
         start = time.perf_counter()
-        count = _settle(step, lock if device == "cuda" else None)
+        count = _settle(step, lock if device == "cuda" and which == WHOLE else None)
         settled = time.perf_counter() - start
+        if which == WARM_UP:
+            warm_up = max(0.0, settled - count * statistics.median(warm))
+            return _row(name, rival) | {"warm-up s": warm_up, "settled s": settled}
         fcntl.flock(lock, fcntl.LOCK_EX)
         for n in range(WARM, count):
             _seconds(eager, n)
         rounds = round(min(MOST_ROUNDS, max(ROUNDS, MEASURED / statistics.median(warm))))
         both: list[list[float]] = [[], []]
         for n in range(count, count + rounds):
-            for which in (n % 2, 1 - n % 2):
-                both[which].append(_seconds((eager, step)[which], n))
+            for turn in (n % 2, 1 - n % 2):
+                both[turn].append(_seconds((eager, step)[turn], n))
         times = dict(zip((EAGER, rival), map(statistics.median, both), strict=True))
     row = _row(name, rival) | {
         "eager steps/s": 1 / times[EAGER],
@@ -198,4 +226,4 @@ def _checks(rows: list[dict[str, Any]], device: str) -> list[Check]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(*sys.argv[1:5])))
+    print(json.dumps(measure(*sys.argv[1:6])))

@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -30,6 +29,7 @@ from regraft.kernels.linear.reference import linear_in_blocks
 from regraft.program import Program, RegraftError
 from regraft.program.program import spec_of
 from regraft.program.serialize import graph_to_json, submodule, tensors_of
+from regraft.runtime.machine import machine
 
 log = logging.getLogger("regraft")
 WORKERS, SECONDS = 2, 300
@@ -107,7 +107,11 @@ def region_jobs(program: Program) -> dict[str, dict[str, Any]]:
                 graph = graph_to_json(module)
             except RegraftError:
                 continue
-            jobs[call.target] = {"graph": graph, "inputs": inputs, "machine": machine()}
+            jobs[call.target] = {
+                "graph": graph,
+                "inputs": inputs,
+                "machine": machine() | {"source": _source()},
+            }
     return jobs
 
 
@@ -115,27 +119,6 @@ def sample(item: dict[str, Any]) -> Tensor:
     """Zeros of the shape, stride, dtype and device that a job gives an input."""
     dtype, device = getattr(torch, item["dtype"]), item["device"]
     return torch.empty_strided(item["shape"], item["stride"], dtype=dtype, device=device).zero_()
-
-
-def machine() -> dict[str, Any]:
-    """What compiled code depends on besides its graph."""
-    return {
-        "torch": torch.__version__,
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "processor": _processor(),
-        "threads": torch.get_num_threads(),
-        "source": _source(),
-    }
-
-
-@cache
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    return hashlib.sha256(flags.encode()).hexdigest()[:16]
 
 
 @cache

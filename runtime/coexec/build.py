@@ -30,7 +30,7 @@ log = logging.getLogger("regraft")
 def extension() -> Any:
     """The module, or None where it cannot be made: programs then run as they are, told once."""
     try:
-        return _load(_built())
+        return _load(built())
     except (OSError, ImportError, RuntimeError, subprocess.SubprocessError) as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
         reason = (lines or [type(error).__name__])[-1][:300]
@@ -38,7 +38,8 @@ def extension() -> Any:
         return None
 
 
-def _built() -> Path:
+def built() -> Path:
+    """Its file. Raises OSError, RuntimeError and SubprocessError."""
     sources = sorted([*HERE.glob("*.cpp"), *HERE.glob("*.h")])
     parts = [torch.__version__, sysconfig.get_config_var("SOABI") or "", *_flags()]
     digest = hashlib.sha256("\n".join(parts).encode())

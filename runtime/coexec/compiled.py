@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from regraft.runtime.coexec.hooks import compiling, keep_traces_apart, quietly
+from regraft.runtime.coexec.kept import fetch, name, store
 from regraft.runtime.coexec.pieces import Pieces, compiled, cut, ends
 from regraft.runtime.coexec.recorded import Function, OnDevice, Recorded
 from regraft.runtime.coexec.stretch import Entry, Plan, Result, Unfit, plan
@@ -55,18 +56,14 @@ class Compiler:
             except Exception as error:
                 return _refuse(stretch, error, time.perf_counter() - start)
         self.waiting += 1
-        if self._background:
+        if self._background and not task.ready:
             _pool().submit(self._run, task)
         else:
             self._run(task)
 
     def _run(self, task: _Task) -> None:
-        from torch._dynamo.convert_frame import compile_lock
-
-        keep_traces_apart()
         try:
-            with compiling(), compile_lock:
-                task.run()
+            task.run()
         finally:
             self.waiting, self.made = self.waiting - 1, self.made + 1
 
@@ -90,18 +87,33 @@ class _Task:
     """All that compiling needs, taken while the program waits; holds none of its tensors."""
 
     def __init__(self, compiler: Compiler, stretch: Any, found: Plan) -> None:
+        self._compiler, self._stretch, self._traced = compiler, stretch, Traced(found)
+        self._writes = found.writes
+        self._where = found.inputs, found.outputs, found.first, found.writes, set(found.varying)
+        metas = [(x.shape, x.stride(), x.dtype, x.device, x.requires_grad) for x in found.tensors]
+        self._devices = dict.fromkeys(x.device for x in found.tensors)
+        self._key = name(f"{compiler.backend} {self._traced.signature()} {metas}")
+        self.ready = self._look()
+        if not self.ready:
+            self._fake(found)
+
+    def _look(self) -> bool:
+        """Whether the function was made before, by this process or another."""
+        if self._key not in _known:
+            if (pieces := fetch(self._key)) is None:
+                return False
+            _keep(self._key, pieces)
+        return True
+
+    def _fake(self, found: Plan) -> None:
         from torch._subclasses.fake_tensor import FakeTensorMode
         from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-        self._compiler, self._stretch, self._traced = compiler, stretch, Traced(found)
         self._mode = FakeTensorMode(
             shape_env=ShapeEnv(), static_shapes=True, allow_non_fake_inputs=True
         )
         made = {id(out) for entry in found.entries for out in entry.outs}
         self._inputs = [_fake(self._mode, x, id(x) in made) for x in found.tensors]
-        self._writes = found.writes
-        self._cuda = any(x.is_cuda for x in found.tensors)
-        self._where = found.inputs, found.outputs, found.first, found.writes, set(found.varying)
 
     def run(self) -> None:
         start = time.perf_counter()
@@ -109,34 +121,52 @@ class _Task:
             function = self._function()
         except Exception as error:
             return _refuse(self._stretch, error, time.perf_counter() - start)
-        parts = function if isinstance(function, Pieces) else Pieces([], [], [])
-        owner = parts.owners if parts.parts else function
-        placed = [(self._traced.end(calls), *part) for calls, *part in parts.parts]
+        placed, results = [], []
+        if isinstance(function, Pieces):
+            results = function.results
+            for address, (calls, *where) in zip(function.addresses, function.places, strict=True):
+                placed.append((self._traced.end(calls), address, *where))
         self._stretch.attach(
-            owner, *self._where, placed, parts.results, self._traced.random,
-            self._traced.differentiable, self._cuda, time.perf_counter() - start,
+            function, *self._where, placed, results, self._traced.random,
+            self._traced.differentiable, self._device.type == "cuda", time.perf_counter() - start,
         )  # fmt: skip
 
     def _function(self) -> Function | Pieces:
-        traced, inputs = self._traced, self._inputs
-        metas = [(x.shape, x.stride(), x.dtype, x.device, x.requires_grad) for x in inputs]
-        backend = self._compiler.backend
-        key = f"{backend} {traced.signature()} {metas}"
-        device = next((x.device for x in inputs if not x.is_cpu), torch.device("cpu"))
-        if key not in _known:
-            if self._compiler.functions >= Compiler.LIMIT:
-                raise Unfit(f"{Compiler.LIMIT} functions were compiled already")
-            while len(_known) >= MOST:
-                _known.pop(next(iter(_known)))
-            _known[key] = compile_function(traced, inputs, device, self._mode, backend)
-            self._compiler.functions += 1
-        function = _known[key]
-        if isinstance(function, Pieces) or device.type == "cpu":
+        if self._key not in _known:
+            self._compile()
+        function = _known[self._key]
+        if isinstance(function, Pieces) or self._device.type == "cpu":
             return function
-        whole = all(x.device == device for x in inputs) and not traced.differentiable
-        if whole and backend == "inductor":
+        whole = list(self._devices) == [self._device] and not self._traced.differentiable
+        if whole and self._compiler.backend == "inductor":
             function = Recorded(function, self._writes)
-        return OnDevice(function, device) if traced.varying else function
+        return OnDevice(function, self._device) if self._traced.varying else function
+
+    @property
+    def _device(self) -> torch.device:
+        return next((d for d in self._devices if d.type != "cpu"), torch.device("cpu"))
+
+    def _compile(self) -> None:
+        from torch._dynamo.convert_frame import compile_lock
+
+        compiler = self._compiler
+        if compiler.functions >= Compiler.LIMIT:
+            raise Unfit(f"{Compiler.LIMIT} functions were compiled already")
+        keep_traces_apart()
+        with compiling(), compile_lock:
+            function = compile_function(
+                self._traced, self._inputs, self._device, self._mode, compiler.backend
+            )
+        compiler.functions += 1
+        _keep(self._key, function)
+        if isinstance(function, Pieces):
+            store(self._key, function)
+
+
+def _keep(key: str, function: Function | Pieces) -> None:
+    while len(_known) >= MOST:
+        _known.pop(next(iter(_known)))
+    _known[key] = function
 
 
 def _fake(mode: Any, x: Tensor, pending: bool) -> Tensor:
@@ -201,19 +231,19 @@ def _pieces(graph: torch.fx.GraphModule, traced: Traced, inputs: int) -> Pieces 
     found = None if traced.differentiable else cut(graph.graph, where, inputs)
     if found is None:
         return None
-    parts, owners = [], []
+    places, files = [], []
     for part in found[0]:
         try:
-            made = compiled(part, _options(traced))
+            file = compiled(part, _options(traced))
         except Exception as error:
             log.debug("a stretch is compiled to Python, not to C++", exc_info=error)
-            made = None
-        if made is None:
+            file = None
+        if file is None:
             return None
         calls = bisect_left(traced.entries, part.end)
-        parts.append((calls, made[0], part.inputs, part.outputs, part.writes))
-        owners.append(made[1])
-    return Pieces(parts, found[1], owners)
+        places.append((calls, part.inputs, part.outputs, part.writes))
+        files.append(file)
+    return Pieces(places, found[1], files)
 
 
 def _options(traced: Traced) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from regraft.runtime.coexec.compiled import Compiler
 from regraft.runtime.coexec.hooks import install, wrap_dynamo
 from regraft.runtime.coexec.report import Report, caller, ended, made
 
-WARM, MOST_WARM, WORTH, AGAIN, SETTLED = 2, 20, 0.98, 8, 24
+WARM, MOST_WARM, WORTH, AGAIN, SETTLED = 2, 20, 0.95, 8, 24
 TRIALS, MORE, SECONDS = 8, 32, 0.5  # of each kind: at least, and at most unless that is short
 WARMING, COMPILING, TRYING, EAGER = "warming up", "compiling", "on trial", "eager"
 ASIDE, HERE = "co-executed on two threads", "co-executed on one thread"

@@ -13,6 +13,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,14 +42,17 @@ class Part:
 View = tuple[int, tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Pieces:
-    """parts: calls up to the end of each, address, inputs, outputs and writes; owners keep the code
-    loaded."""
+    """places: calls up to the end of each, inputs, outputs and writes; files: their libraries, that
+    stay loaded. Raises OSError."""
 
-    parts: list[tuple[int, int, list[int], list[int], list[int]]]
-    results: list[View]
-    owners: list[Any]
+    places: Sequence[tuple[int, list[int], list[int], list[int]]]
+    results: Sequence[View]
+    files: Sequence[Path]
+
+    def __post_init__(self) -> None:
+        self.addresses = [_address(file) for file in self.files]
 
 
 def ends(calls: Sequence[int], passes: Sequence[int], length: int) -> list[int]:
@@ -69,7 +73,8 @@ def cut(graph: Graph, ends: Sequence[int], inputs: int) -> tuple[list[Part], lis
     """The parts and what the results are of their values; None where it cannot be cut.
 
     Nodes carry the number of their entry in ``meta``. inputs: of the graph, but for the numbers
-    that vary, which are the value of that number.
+    that vary, which are the value of that number. Parts of which one writes to what another made
+    are one.
     """
     try:
         return _Cut(graph, ends, inputs).parts()
@@ -83,7 +88,7 @@ class _Whole(Exception):
 
 class _Cut:
     def __init__(self, graph: Graph, ends: Sequence[int], inputs: int) -> None:
-        self.ends = ends
+        self.ends = list(ends)
         nodes = list(graph.nodes)
         if any(node.op not in ("placeholder", "call_function", "output") for node in nodes):
             raise _Whole
@@ -91,13 +96,17 @@ class _Cut:
         self.values = {node: number for number, node in enumerate(places)}
         self.count = inputs + 1
         self.calls = [node for node in nodes if node.op == "call_function"]
-        self.part = {node: bisect_right(ends, node.meta["entry"]) for node in self.calls}
         self.results = list(nodes[-1].args[0])
+        self._assign()
         for node in self.calls:
             for target in written(node):
-                base = origin(target)
-                if base in self.part and self.part[base] != self.part[node]:
-                    raise _Whole
+                base, last = origin(target), self.part[node]
+                if base in self.part and (made := self.part[base]) != last:
+                    del self.ends[made:last]  # one part makes it and writes to it
+                    self._assign()
+
+    def _assign(self) -> None:
+        self.part = {node: bisect_right(self.ends, node.meta["entry"]) for node in self.calls}
 
     def parts(self) -> tuple[list[Part], list[View]]:
         needed = [self._needed(k) for k in range(len(self.ends))]
@@ -201,8 +210,8 @@ def written(node: Node) -> list[Node]:
     return found
 
 
-def compiled(part: Part, options: dict[str, Any]) -> tuple[int, Any] | None:
-    """The address of the part's code and its owner; None where that is not to be called so."""
+def compiled(part: Part, options: dict[str, Any]) -> Path | None:
+    """The library of the part; None where that is not to be called so."""
     from torch._functorch import config as aot
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
@@ -226,10 +235,16 @@ def compiled(part: Part, options: dict[str, Any]) -> tuple[int, Any] | None:
     counts = [int(match[1]) if match else -1 for match in (given, made)]
     if entry is None or IF_HELD not in text or counts != [len(part.inputs), len(part.outputs)]:
         return None
-    library = ctypes.CDLL(entry.__self__.__file__)
-    code = getattr(library, ENTRY, None)
+    return Path(entry.__self__.__file__)
+
+
+def _address(file: Path) -> int:
+    """Of the code of a library."""
+    code = getattr(ctypes.CDLL(str(file)), ENTRY, None)
     address = ctypes.cast(code, ctypes.c_void_p).value if code else None
-    return (address, (entry, library)) if address else None
+    if address is None:
+        raise OSError(f"{file} is not a piece")
+    return address
 
 
 @contextmanager

@@ -1,0 +1,96 @@
+"""Pieces that an earlier process compiled, a folder each in the cache: libraries, and what they are
+given and give as JSON."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from regraft.program.folders import cache_dir, folder_written_whole
+from regraft.runtime.coexec.pieces import Pieces
+from regraft.runtime.machine import machine
+
+log = logging.getLogger("regraft")
+_OPTIONS, _PLACE = "TORCHINDUCTOR_", "TORCHINDUCTOR_CACHE_DIR"
+
+
+def name(computed: str) -> str:
+    """Of what a stretch computes, as text, here and with the settings of now."""
+    settings = [
+        torch.get_default_dtype(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.get_float32_matmul_precision(),
+        torch.backends.mkldnn.enabled,
+        sorted(x for x in os.environ.items() if x[0].startswith(_OPTIONS) and x[0] != _PLACE),
+        _changed(),
+    ]
+    text = f"{machine()} {_source()} {settings} {computed}"
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def store(name: str, pieces: Pieces) -> None:
+    """Keep them, if the cache can be written."""
+    entry = {
+        "places": pieces.places,
+        "results": pieces.results,
+        "libraries": [_digest(file) for file in pieces.files],
+    }
+    try:
+        with folder_written_whole(_folder(name)) as made:
+            for file, new in zip(pieces.files, _files(made, len(pieces.files)), strict=True):
+                shutil.copyfile(file, new)
+            (made / "pieces.json").write_text(json.dumps(entry))
+    except OSError as error:
+        log.info("regraft: compiled pieces are not kept for next time: %s", error)
+
+
+def fetch(name: str) -> Pieces | None:
+    """Those of that name, if they are there and whole."""
+    folder = _folder(name)
+    if not folder.is_dir():
+        return None
+    try:
+        entry: dict[str, Any] = json.loads((folder / "pieces.json").read_text())
+        files = _files(folder, len(entry["libraries"]))
+        if [_digest(file) for file in files] != entry["libraries"]:
+            raise ValueError("a library is not what was written")
+        return Pieces(entry["places"], entry["results"], files)
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        log.warning("regraft: compiled pieces are damaged and are made anew: %s", error)
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
+
+
+def _changed() -> dict[str, Any]:
+    """Options of Inductor that are not its own; what is not imported has none."""
+    config: Any = sys.modules.get("torch._inductor.config")
+    now = config.save_config_portable() if config else {}
+    return {key: now[key] for key in sorted(now) if now[key] != config._config[key].default}
+
+
+def _folder(name: str) -> Path:
+    return cache_dir() / "coexec-pieces" / name
+
+
+def _files(folder: Path, count: int) -> Sequence[Path]:
+    return [folder / f"{number}.so" for number in range(count)]
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+@cache
+def _source() -> str:
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
