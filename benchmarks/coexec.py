@@ -99,8 +99,9 @@ def _fresh(name: str, rival: str, device: str, folder: Path, which: str) -> dict
     except subprocess.TimeoutExpired:
         return _row(name, f"{rival}: not within {SECONDS} s")
     if result.returncode:
-        reason = (result.stderr.strip().splitlines() or ["?"])[-1][:160]
-        return _row(name, f"{rival}: {reason}")
+        lines = result.stderr.strip().splitlines() or ["?"]
+        errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Failed)\b", line)]
+        return _row(name, f"{rival}: {(errors or lines)[-1][:160]}")
     return json.loads(result.stdout.splitlines()[-1])
 
 
@@ -192,9 +193,9 @@ def _checks(rows: list[dict[str, Any]], device: str) -> list[Check]:
     ratios: dict[str, dict[str, float]] = {}
     warm: dict[str, dict[str, float]] = {}
     for row in rows:
-        if row["ratio"] is not None:
-            ratios.setdefault(row["model"], {})[row["test"]] = row["ratio"]
-            warm.setdefault(row["model"], {})[row["test"]] = row["warm-up s"]
+        for found, key in ((ratios, "ratio"), (warm, "warm-up s")):
+            if row[key] is not None:
+                found.setdefault(row["model"], {})[row["test"]] = row[key]
     rivals = (MODULE, STEP, *GRAPHS)
     own = {name: found[REGRAFT] for name, found in ratios.items() if REGRAFT in found}
 
