@@ -37,13 +37,14 @@ class Buffer:
     def nbytes(self) -> int:
         return 0 if self.data is None else self.data.nbytes
 
-    def reserve(self, count: int) -> None:
-        """Have room for at least count more rows, and zeros in all of it."""
+    def reserve(self, count: int, batch: int = 1) -> None:
+        """Have room for at least count more rows of so many sequences, and zeros in all of it."""
         if self.data is None:
             return
         old, length = self.data, self.length
         capacity = max(old.shape[-2], -(-(length + count) // self.step) * self.step)
-        self.data = old.new_zeros(*old.shape[:-2], capacity, old.shape[-1])
+        shape = max(batch, old.shape[0]), *old.shape[1:-2], capacity, old.shape[-1]
+        self.data = old.new_zeros(shape)
         self.data.narrow(-2, 0, length).copy_(old.narrow(-2, 0, length))
 
     def append(self, x: Tensor) -> None:
@@ -133,6 +134,22 @@ class RotationTable:
                 buffer.drop(0, packed - self._gone)
             buffer.append(x)
         self._gone = max(packed, self._gone)
+        self._last = None, None
+
+    @property
+    def buffers(self) -> tuple[Tensor, ...]:
+        """Cosines and sines of positions not packed away, room for later ones included."""
+        return tuple(buffer.data for buffer in self._exact if buffer.data is not None)
+
+    def reserve(self, count: int, batch: int) -> None:
+        """Make room for this many more positions of so many sequences."""
+        for buffer in self._exact:
+            buffer.reserve(count, batch)
+
+    def advance(self) -> None:
+        """Count the position whose rows were written into the buffers."""
+        for buffer in self._exact:
+            buffer.length += 1
         self._last = None, None
 
     def packed(self, start: int, blocks: int, pairs: int, layout: str) -> Tensor:

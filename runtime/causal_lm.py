@@ -167,16 +167,20 @@ class Compiled(GenerationMixin):
         for name, x in (("attention_mask", attention_mask), ("position_ids", position_ids)):
             if x is not None and x.device != self.device:
                 raise RegraftError(f"{name} is on {x.device}, the model on {self.device}")
-        batch, length = input_ids.shape
-        if attention_mask is None:
-            attention_mask = input_ids.new_ones(batch, past + length)
-        if position_ids is None:
-            position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -length:]
         keep = logits_to_keep
-        if not torch.is_tensor(keep):
-            first = max(0, length - keep) if keep else 0
-            keep = torch.arange(first, length, device=input_ids.device)
-        logits = self._run(input_ids, attention_mask, position_ids, keep, cache.state)
+        unpadded = attention_mask is None and position_ids is None and not torch.is_tensor(keep)
+        if unpadded and self._run.graph.takes(input_ids, cache.state):
+            logits = self._run.graph(input_ids, None, cache.state)
+        else:
+            batch, length = input_ids.shape
+            if attention_mask is None:
+                attention_mask = input_ids.new_ones(batch, past + length)
+            if position_ids is None:
+                position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -length:]
+            if not torch.is_tensor(keep):
+                first = max(0, length - keep) if keep else 0
+                keep = torch.arange(first, length, device=input_ids.device)
+            logits = self._run(input_ids, attention_mask, position_ids, keep, cache.state)
         output = CausalLMOutputWithPast(logits=logits, past_key_values=cache if use_cache else None)
         return output if return_dict else output.to_tuple()
 

@@ -6,6 +6,7 @@ the cache outgrows them.
 
 from __future__ import annotations
 
+import operator
 from functools import cache
 from typing import Any
 
@@ -18,6 +19,7 @@ from regraft.runtime import lower
 from regraft.runtime.cache import CacheState, DenseLayer
 from regraft.runtime.regions import wanted
 
+Given = tuple[Tensor, Tensor, Tensor] | None  # mask, positions, keep; None: no padding
 ROOM = 512
 WARM_UP = 2
 
@@ -91,50 +93,83 @@ def _fused() -> Any:
 
 
 class Recording:
-    """The step on one cache: inputs, outputs and kernels at fixed addresses."""
+    """The step on one cache: inputs, outputs and kernels at fixed addresses.
 
-    def __init__(self, step: fx.GraphModule, inputs: tuple[Tensor, ...], cache: CacheState) -> None:
-        ids, mask, positions, keep = inputs
+    A replay leaves position, positions and mask ready for the token after it.
+    """
+
+    def __init__(self, step: fx.GraphModule, ids: Tensor, given: Given, cache: CacheState) -> None:
         for layer in cache.layers:
             layer.reserve(ROOM)
-        self.first = cache.layers[0].full
-        capacity = self.first.shape[2]
-        self.ids, self.positions, self.keep = ids.clone(), positions.clone(), keep.clone()
-        self.mask = mask.new_zeros(mask.shape[0], capacity)
-        cache.position = torch.zeros(1, dtype=torch.long, device=ids.device)
-        self._set(inputs, cache)
+        capacity, rows = cache.layers[0].buffers[0].shape[-2], ids.shape[0]
+        mask, _, keep = given or (ids, None, [0])
+        self.ids = ids.clone()
+        self.wide = mask.new_zeros(rows, capacity + 1)
+        self.mask = self.wide[:, :capacity]
+        self.positions, self.keep, cache.position = (
+            torch.zeros(shape, dtype=torch.long, device=ids.device)
+            for shape in ((rows, 1), len(keep), 1)
+        )
+        self.ready = -1  # the length of a cache without padding that the inputs are ready for
+        self._set(ids, given, cache)
+        inputs = self.ids, self.mask, self.positions, self.keep, cache
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(WARM_UP):
-                step(self.ids, self.mask, self.positions, self.keep, cache)
+                _, tables = step(*inputs)
         torch.cuda.current_stream().wait_stream(side)
+        for table, (cos, _) in zip(cache.tables, tables, strict=True):
+            table.reserve(ROOM, cos.shape[0])
+        self.buffers = _buffers(cache)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            self.logits, self.tables = step(self.ids, self.mask, self.positions, self.keep, cache)
+            self.logits, tables = step(*inputs)
+            for table, made in zip(cache.tables, tables, strict=True):
+                for buffer, x in zip(table.buffers, made, strict=True):
+                    buffer.index_copy_(-2, cache.position, x)
+            cache.position.add_(1)
+            self.positions.add_(1)
+            self.wide.index_fill_(1, cache.position, 1)
+        self.ready = -1
 
-    def fits(self, inputs: tuple[Tensor, ...], cache: CacheState) -> bool:
-        ids, mask, _, keep = inputs
-        full = cache.layers[0].full
-        same = full is self.first and ids.shape == self.ids.shape and len(keep) == len(self.keep)
-        return same and mask.shape[1] <= full.shape[2]
+    def fits(self, ids: Tensor, given: Given, cache: CacheState) -> bool:
+        buffers, kept = _buffers(cache), 1 if given is None else len(given[2])
+        return (
+            len(buffers) == len(self.buffers)
+            and all(map(operator.is_, buffers, self.buffers))
+            and ids.shape == self.ids.shape
+            and kept == len(self.keep)
+            and cache.length < min(buffer.shape[-2] for buffer in buffers)
+        )
 
-    def _set(self, inputs: tuple[Tensor, ...], cache: CacheState) -> None:
-        ids, mask, positions, keep = inputs
+    def _set(self, ids: Tensor, given: Given, cache: CacheState) -> None:
+        length = cache.length
         self.ids.copy_(ids)
-        self.positions.copy_(positions)
-        self.keep.copy_(keep)
-        self.mask[:, : mask.shape[1]].copy_(mask)
-        cache.position.fill_(cache.length)
+        if given is not None:
+            mask, positions, keep = given
+            self.mask[:, : length + 1].copy_(mask)
+            self.positions.copy_(positions)
+            self.keep.copy_(keep)
+        elif self.ready != length:
+            self.wide.zero_()[:, : length + 1] = 1
+            self.positions.fill_(length)
+            self.keep.zero_()
+        if self.ready != length:
+            cache.position.fill_(length)
+        self.ready = -1 if given else length
 
-    def replay(self, inputs: tuple[Tensor, ...], cache: CacheState) -> Tensor:
-        self._set(inputs, cache)
+    def replay(self, ids: Tensor, given: Given, cache: CacheState) -> Tensor:
+        self._set(ids, given, cache)
         self.graph.replay()
-        for layer in cache.layers:
-            layer.advance()
-        for table, rows in zip(cache.tables, self.tables, strict=True):
-            table.append(*rows)
+        for part in (*cache.layers, *cache.tables):
+            part.advance()
+        self.ready += self.ready >= 0
         return self.logits.clone()
+
+
+def _buffers(cache: CacheState) -> list[Tensor]:
+    return [x for part in (*cache.layers, *cache.tables) for x in part.buffers]
 
 
 class DecodeGraph:
@@ -152,8 +187,9 @@ class DecodeGraph:
             and all(isinstance(layer, DenseLayer) for layer in cache.layers)
         )
 
-    def __call__(self, *inputs: Tensor, cache: CacheState) -> Tensor:
+    def __call__(self, ids: Tensor, given: Given, cache: CacheState) -> Tensor:
+        """ids [batch, 1] -> logits [batch, kept, vocab]."""
         assert self.step is not None
-        if cache.recording is None or not cache.recording.fits(inputs, cache):
-            cache.recording = Recording(self.step, inputs, cache)
-        return cache.recording.replay(inputs, cache)
+        if cache.recording is None or not cache.recording.fits(ids, given, cache):
+            cache.recording = Recording(self.step, ids, given, cache)
+        return cache.recording.replay(ids, given, cache)

@@ -45,7 +45,7 @@ class Steps:
     ) -> Tensor:
         """ids, positions [batch, length], mask [batch, past + length], keep [kept] -> logits."""
         if self.graph.takes(ids, cache):
-            return self.graph(ids, mask, positions, keep, cache=cache)
+            return self.graph(ids, (mask, positions, keep), cache)
         if not self.single:
             return self.step(ids, mask, positions, keep, cache)
         past, start = cache.length, 0

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 
@@ -63,3 +65,46 @@ def test_a_recording_follows_its_cache(batch):
     got = fast(ids[1:, 5:6].repeat(2, 1), past_key_values=cache).logits
     want = model(ids[1:, :6]).logits[:, -1:]
     assert (want - got).abs().max() < 1e-4 * want.abs().max()
+
+
+@cuda
+def test_steps_with_and_without_a_mask_take_turns(batch):
+    model = tiny("llama", num_hidden_layers=3)
+    plain = regraft.compile(model, target="reference")
+    fast = regraft.compile(copy.deepcopy(model).cuda(), target="cuda")
+    ids, seen = batch["input_ids"], 5
+    caches = plain.new_cache(), fast.new_cache()
+    turns = ["all", None, None, "padded", None, "all", "cropped", None, "padded", None, None]
+    for turn in ["prompt", *turns]:
+        if turn == "cropped":
+            seen -= 3
+            for cache in caches:
+                cache.crop(seen)
+        given = ids[:, :seen] if turn == "prompt" else ids[:, seen % 9 : seen % 9 + 1]
+        seen += turn != "prompt"
+        mask = torch.ones(2, seen, dtype=torch.long) if turn in ("all", "padded") else None
+        if turn == "padded":
+            mask[0, :2] = 0
+        want = plain(given, mask, past_key_values=caches[0]).logits
+        got = fast(
+            given.cuda(), None if mask is None else mask.cuda(), past_key_values=caches[1]
+        ).logits
+        assert (want - got.cpu()).abs().max() < 1e-4 * want.abs().max(), turn
+    assert caches[1].state.recording is not None
+
+
+@cuda
+def test_generation_beyond_the_room_of_a_recording(batch):
+    model = tiny("llama", num_hidden_layers=3, max_position_embeddings=2048).cuda()
+    fast = regraft.compile(model, target="cuda")
+    ids = batch["input_ids"].cuda()[:1, :5]
+    made = {"max_new_tokens": 1100, "min_new_tokens": 1100, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(model.generate(ids, **made), fast.generate(ids, **made))
+    cache = fast.new_cache()
+    logits = fast(ids, past_key_values=cache).logits
+    tokens = [ids]
+    with torch.no_grad():
+        for _ in range(1100):
+            tokens.append(logits[:, -1:].argmax(-1))
+            logits = fast(tokens[-1], past_key_values=cache).logits
+    assert torch.equal(torch.cat(tokens, 1), model.generate(ids, **made))
