@@ -46,6 +46,7 @@ _loaded: dict[str, Callable[..., None]] = {}
 _failed: dict[str, str] = {}
 _told: set[str] = set()
 _files: dict[str, Path] = {}
+_entries: dict[int, int] = {}
 _kept: list[Any] = []
 
 
@@ -92,6 +93,11 @@ def kernel(
             raise KernelError(_failed[identity]) from error
         _files[identity] = file
     return _loaded[identity]
+
+
+def entry(function: Callable[..., None]) -> int | None:
+    """The address of a kernel's code, which takes arguments as TVM passes them."""
+    return _entries.get(id(function))
 
 
 def wanted() -> bool:
@@ -164,33 +170,43 @@ def _load(file: Path, name: str) -> Callable[..., None]:
 
     module = tvm_ffi.load_module(str(file))
     library = ctypes.CDLL(str(file))
-    _kept.append((module, library))
+    function = module[name]
+    _kept.append((module, library, function))
     if hasattr(library, "__TVMBackendParallelLaunch"):
         pointer = ctypes.c_void_p.in_dll(library, "__TVMBackendParallelLaunch")
         pointer.value = _launcher()
-    return module[name]
+    if code := getattr(library, f"__tvm_ffi_{name}", None):
+        _entries[id(function)] = ctypes.cast(code, ctypes.c_void_p).value or 0
+    return function
 
 
 @cache
 def _launcher() -> int | None:
     """The address of omp_launch, linked against the OpenMP library of this process."""
-    openmp = _openmp()
-    source = LAUNCHER.read_bytes()
-    identity = hashlib.sha256(source + openmp.name.encode()).hexdigest()[:24]
+    return ctypes.cast(native(LAUNCHER, _openmp()).omp_launch, ctypes.c_void_p).value
+
+
+def native(source: Path, linked: Path) -> ctypes.CDLL:
+    """The library of a C or C++ file linked to another library, compiled once.
+
+    Raises KernelError and OSError.
+    """
+    identity = hashlib.sha256(source.read_bytes() + linked.name.encode()).hexdigest()[:24]
 
     def make(path: Path) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            built = Path(folder, "launch.so")
-            command = [_compiler(), "-O2", "-shared", "-fPIC", str(LAUNCHER), str(openmp)]
+            built = Path(folder, "built.so")
+            command = [_compiler(), "-O2", "-shared", "-fPIC", str(source), str(linked)]
+            command += ["-lstdc++"] if source.suffix == ".cpp" else []
             result = subprocess.run([*command, "-o", str(built)], capture_output=True, text=True)
             if result.returncode:
-                raise KernelError(f"the OpenMP launcher does not compile: {result.stderr[:200]}")
+                raise KernelError(f"{source.name} does not compile: {result.stderr[:200]}")
             path.write_bytes(built.read_bytes())
 
-    file = _find(f"omp_launch-{identity}.so", make)
+    file = _find(f"{source.stem}-{identity}.so", make)
     _files[identity] = file
     _kept.append(library := ctypes.CDLL(str(file)))
-    return ctypes.cast(library.omp_launch, ctypes.c_void_p).value
+    return library
 
 
 def _openmp() -> Path:

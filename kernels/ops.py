@@ -105,12 +105,13 @@ _define(
     _cached,
     _cached_fake,
 )
-_define(
-    "packed_linear(Tensor x, Tensor packed, Tensor? bias, str format, int rows) -> Tensor",
-    packed_linear.reference,
-    lambda x, packed, bias, format, rows: x.new_empty(*x.shape[:-1], rows),
-    packed_linear.linear,
-)
+for _name in ("packed_linear", "packed_direct"):  # the latter from C++ once one of its shape ran
+    _define(
+        f"{_name}(Tensor x, Tensor packed, Tensor? bias, str format, int rows) -> Tensor",
+        packed_linear.reference,
+        lambda x, packed, bias, format, rows: x.new_empty(*x.shape[:-1], rows),
+        packed_linear.linear,
+    )
 _define(
     "packed_embedding(Tensor ids, Tensor packed, str format, int rows, int columns) -> Tensor",
     packed_linear.embedding,

@@ -107,6 +107,8 @@ def _lower_regions(module: fx.GraphModule, ids: fx.Node) -> dict[str, Region]:
 
 def take_linear(graph: fx.Graph) -> None:
     """Run linear layers of few rows at the speed of memory."""
+    for node in graph.find_nodes(op="call_function", target=regraft.packed_linear.default):
+        node.target = regraft.packed_direct.default
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default):
         weight: Any = node.args[1].meta.get("val")
         if torch.is_tensor(weight) and _has_kernel(weight):

@@ -48,9 +48,12 @@ class _Region(torch.nn.Module):
 
 
 class _InBlocks(fx.Interpreter):
-    """Runs linear layers as products over blocks of their weights, where that is faster."""
+    """Runs linear layers as products over blocks of their weights, where that is faster, and packed
+    ones from C++."""
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target == torch.ops.regraft.packed_linear.default:
+            target = torch.ops.regraft.packed_direct.default
         if target == torch.ops.aten.linear.default and in_blocks(args[0], args[1]):
             return linear_in_blocks(*args)
         return super().call_function(target, args, kwargs)

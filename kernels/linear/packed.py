@@ -28,7 +28,8 @@ def unrounded() -> Iterator[None]:
     """Let activations meet packed weights as they are."""
     token = _rounded.set(False)
     try:
-        yield
+        with llvm.direct.paused():
+            yield
     finally:
         _rounded.reset(token)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from regraft.kernels.compiled import LEVELS, KernelError, cpu_level, kernel
 from regraft.kernels.linear.formats import HALVES, ROWS, parse
+from regraft.kernels.linear.llvm import direct
 
 TILE, SHAPES = 4, 16
 _own = threading.local()
@@ -40,6 +41,8 @@ def linear(
     function = _kernel(level, format, tile, bias is not None)
     scratch = _scratch(-(-count // tile) * tile, columns // kind.block, kind.block)
     function(x.contiguous(), packed, out, *extra, *scratch)
+    if not missing and level == cpu_level():
+        direct.learn(x, packed, bias, format, rows, tile, function)
     return out
 
 
