@@ -7,6 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from regraft.kernels.attention.dispatch import attend
+from regraft.kernels.compiled import KernelError, tell, wanted
+from regraft.kernels.rotary.llvm import fits, write
 from regraft.kernels.rotary.reference import rotate
 from regraft.runtime.buffer import Buffer, RotationTable, check_length
 from regraft.runtime.quantized import QuantizedLayer
@@ -92,9 +94,35 @@ class DenseLayer:
     ) -> Tensor:
         """Append unrotated k, v [B, Hkv, S, *] and attend unrotated q; out [B, Hq, S, Dv]."""
         start = self.length
-        q = _rotate(q, table, start, interleaved, offset)
-        self.append(_rotate(k, table, start, interleaved, offset), v)
-        return self.attend(q, mask, scale, softcap, sinks, causal, window)
+        turned = self._write(q, k, v, table, interleaved, offset)
+        if turned is None:
+            turned = _rotate(q, table, start, interleaved, offset)
+            self.append(_rotate(k, table, start, interleaved, offset), v)
+        return self.attend(turned, mask, scale, softcap, sinks, causal, window)
+
+    def _write(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        table: RotationTable | None,
+        interleaved: bool,
+        offset: int,
+    ) -> Tensor | None:
+        """Rotated q, after appending rotated k and v, where one kernel does all of it."""
+        key, value, start = self._key.data, self._value.data, self.length
+        if table is None or not (self._kernels and wanted()):
+            return None
+        cos, sin = table.rows(start, start + q.shape[2])
+        if not fits(q, k, v, cos, key, offset) or start == key.shape[2]:
+            return None
+        try:
+            turned = write(q, k, v, cos, sin, key, value, start, interleaved, offset)
+        except KernelError as error:
+            tell("rotations run by reference, slower", error)
+            return None
+        self.advance()
+        return turned
 
     @property
     def full(self) -> Tensor | None:

@@ -14,6 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from regraft.program import Program, RegraftError, Report
 from regraft.runtime.artefact import save
 from regraft.runtime.cache import CacheState
+from regraft.runtime.cuda_graph import DecodeGraph
 from regraft.runtime.lower import new_cache
 from regraft.runtime.steps import Steps
 
@@ -79,6 +80,7 @@ class Compiled(GenerationMixin):
     base_model_prefix = "model"
     _is_stateful = False
     _supports_cache_class = True
+    _graph: DecodeGraph | None = None
 
     def __init__(self, program: Program, report: Report, model: Any) -> None:
         self.program, self.report = program, report
@@ -87,7 +89,7 @@ class Compiled(GenerationMixin):
         self.device, self.dtype = model.device, model.dtype
         self.name_or_path = getattr(model, "name_or_path", "")
         self._run = Steps(program)
-        self.regions = self._run.regions
+        self.regions, self._graph = self._run.regions, self._run.graph
 
     def __repr__(self) -> str:
         formats = sorted({layer.format for layer in self.program.cache.layers})
@@ -169,8 +171,8 @@ class Compiled(GenerationMixin):
                 raise RegraftError(f"{name} is on {x.device}, the model on {self.device}")
         keep = logits_to_keep
         unpadded = attention_mask is None and position_ids is None and not torch.is_tensor(keep)
-        if unpadded and self._run.graph.takes(input_ids, cache.state):
-            logits = self._run.graph(input_ids, None, cache.state)
+        if unpadded and self._graph is not None and self._graph.takes(input_ids, cache.state):
+            logits = self._graph(input_ids, None, cache.state)
         else:
             batch, length = input_ids.shape
             if attention_mask is None:
