@@ -46,7 +46,7 @@ _loaded: dict[str, Callable[..., None]] = {}
 _failed: dict[str, str] = {}
 _told: set[str] = set()
 _files: dict[str, Path] = {}
-_entries: dict[int, int] = {}
+_entries: dict[int, int | None] = {}
 _kept: list[Any] = []
 
 
@@ -176,7 +176,7 @@ def _load(file: Path, name: str) -> Callable[..., None]:
         pointer = ctypes.c_void_p.in_dll(library, "__TVMBackendParallelLaunch")
         pointer.value = _launcher()
     if code := getattr(library, f"__tvm_ffi_{name}", None):
-        _entries[id(function)] = ctypes.cast(code, ctypes.c_void_p).value or 0
+        _entries[id(function)] = ctypes.cast(code, ctypes.c_void_p).value
     return function
 
 

@@ -95,7 +95,7 @@ class _Task:
         self._key = name(f"{compiler.backend} {self._traced.signature()} {metas}")
         self.ready = self._look()
         if not self.ready:
-            self._fake(found)
+            self._fake_inputs(found)
 
     def _look(self) -> bool:
         """Whether the function was made before, by this process or another."""
@@ -105,7 +105,7 @@ class _Task:
             _keep(self._key, pieces)
         return True
 
-    def _fake(self, found: Plan) -> None:
+    def _fake_inputs(self, found: Plan) -> None:
         from torch._subclasses.fake_tensor import FakeTensorMode
         from torch.fx.experimental.symbolic_shapes import ShapeEnv
 

@@ -30,6 +30,14 @@ def one_build(own_cache, tmp_path_factory):
         pytest.skip("no C++ compiler")
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def state(found) -> list:
     """The tensors of whatever a program returns, with their gradients, as one flat list."""
     if isinstance(found, Tensor):

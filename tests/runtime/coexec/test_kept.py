@@ -14,14 +14,7 @@ from regraft.runtime.coexec import compiled
 from regraft.runtime.coexec.kept import name
 
 NAME = "Adam + schedule"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def losses():
@@ -34,7 +27,7 @@ def losses():
 
 
 @pytest.fixture(scope="module")
-def first():
+def first(one_thread):
     return losses()
 
 

@@ -13,13 +13,7 @@ from regraft.runtime.coexec import compiled
 from regraft.runtime.coexec.pieces import cut, ends
 from regraft.runtime.coexec.stretch import Unfit
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_where_parts_end():
