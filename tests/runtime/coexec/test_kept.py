@@ -26,8 +26,18 @@ def losses():
     return found, sum(how == "compiled" for *_, how in (s[:4] for s in step.report().segments))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def apart(own_cache, tmp_path_factory):
+    """A cache without the pieces of other tests."""
+    folder = tmp_path_factory.mktemp("apart")
+    (folder / "coexec").symlink_to(own_cache / "coexec")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("REGRAFT_CACHE", str(folder))
+        yield
+
+
 @pytest.fixture(scope="module")
-def first(one_thread):
+def first(one_thread, apart):
     return losses()
 
 
