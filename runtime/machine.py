@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,12 @@ def machine() -> dict[str, Any]:
         "processor": _processor(),
         "threads": torch.get_num_threads(),
     }
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """Of a Python process that finds the modules this one does, with these variables."""
+    path = os.pathsep.join(dict.fromkeys(filter(None, sys.path)))
+    return {**os.environ, "PYTHONPATH": path, **variables}
 
 
 @cache

@@ -29,7 +29,7 @@ from regraft.kernels.linear.reference import linear_in_blocks
 from regraft.program import Program, RegraftError
 from regraft.program.program import spec_of
 from regraft.program.serialize import graph_to_json, submodule, tensors_of
-from regraft.runtime.machine import machine
+from regraft.runtime.machine import environment, machine
 
 log = logging.getLogger("regraft")
 WORKERS, SECONDS = 2, 300
@@ -193,13 +193,11 @@ class Workers:
             [sys.executable, "-m", "regraft.runtime.region_worker", self._scratch.name,
              str(self.folder)],
             stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-            env={
-                **os.environ,
-                "PYTHONPATH": os.pathsep.join(dict.fromkeys(filter(None, sys.path))),
-                "TORCHINDUCTOR_CACHE_DIR": f"{self._scratch.name}/inductor",
+            env=environment(
+                TORCHINDUCTOR_CACHE_DIR=f"{self._scratch.name}/inductor",
                 # the processor says what it has; test programs for it take seconds
-                "TORCHINDUCTOR_VEC_ISA_OK": "1",
-            },
+                TORCHINDUCTOR_VEC_ISA_OK="1",
+            ),
         )  # fmt: skip
         self._processes.append(process)
 

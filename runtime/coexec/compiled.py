@@ -2,189 +2,84 @@
 
 from __future__ import annotations
 
-import atexit
 import logging
-import time
 from bisect import bisect_left
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from regraft.runtime.coexec.hooks import compiling, keep_traces_apart, quietly
-from regraft.runtime.coexec.kept import fetch, name, store
+from regraft.runtime.coexec.hooks import quietly
 from regraft.runtime.coexec.pieces import Pieces, compiled, cut, ends
-from regraft.runtime.coexec.recorded import Function, OnDevice, Recorded
-from regraft.runtime.coexec.stretch import Entry, Plan, Result, Unfit, plan
+from regraft.runtime.coexec.recorded import Function
 from regraft.runtime.coexec.trace import Traced
 
 log = logging.getLogger("regraft")
-_known: dict[str, Function | Pieces] = {}  # by what they compute
-MOST = 256
-# padding is chosen by measuring on random matrices, drawn from the program's own generator
+# padding is chosen by measuring on random matrices, drawn from the program's own generator; the
+# processor says what it has, programs to test that take seconds
 OPTIONS = {"fallback_random": True, "size_asserts": False, "nan_asserts": False,
-           "shape_padding": False}  # fmt: skip
+           "shape_padding": False, "cpp.vec_isa_ok": True}  # fmt: skip
 IN_ORDER = {"reorder_for_locality": False, "reorder_for_peak_memory": False}  # for what draws
 PLAIN = {"loop_ordering_after_fusion": False}  # where the first attempt fails, as Inductor may
 
 
-class Compiler:
-    """Compiles stretches as an engine asks for them.
+@dataclass(frozen=True)
+class Like:
+    """What compiling needs of a tensor; stride: in elements."""
 
-    backend: "inductor", or "aten" for the graph as it was traced. background: one after another on
-    a thread of its own while the program goes on; otherwise at once. waiting, made: how many are to
-    be compiled, and were; functions: how many of these were like none before, at most LIMIT.
-    """
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    requires_grad: bool
+    conj: bool
+    neg: bool
 
-    LIMIT = 32
+    @staticmethod
+    def of(x: Tensor) -> Like:
+        flags = x.requires_grad, x.is_conj(), x.is_neg()
+        return Like(tuple(x.shape), x.stride(), x.dtype, x.device, *flags)
 
-    def __init__(self, backend: str = "inductor", background: bool = True) -> None:
-        self.backend, self._background = backend, background
-        self.waiting = self.made = self.functions = 0
-
-    def __call__(
-        self, stretch: Any, described: list[Any], numbers: list[Any], wanted: list[Result]
-    ) -> None:
-        start = time.perf_counter()
-        with quietly():
-            try:
-                found = plan([Entry(entry) for entry in described], numbers, wanted)
-                task = _Task(self, stretch, found)
-            except Exception as error:
-                return _refuse(stretch, error, time.perf_counter() - start)
-        self.waiting += 1
-        if self._background and not task.ready:
-            _pool().submit(self._run, task)
-        else:
-            self._run(task)
-
-    def _run(self, task: _Task) -> None:
-        try:
-            task.run()
-        finally:
-            self.waiting, self.made = self.waiting - 1, self.made + 1
+    def fake(self) -> Tensor:
+        """One like it; under a fake mode."""
+        made = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
+        made = made.conj() if self.conj else made
+        made = torch._neg_view(made) if self.neg else made
+        return made.detach().requires_grad_(self.requires_grad)
 
 
-@cache
-def _pool() -> ThreadPoolExecutor:
-    pool = ThreadPoolExecutor(1, "regraft-compile")
-    atexit.register(pool.shutdown, wait=False, cancel_futures=True)
-    return pool
+@dataclass(frozen=True)
+class Job:
+    """A stretch to compile. backend: "inductor", or "aten" for the graph as it was traced."""
 
-
-def _refuse(stretch: Any, error: Exception, seconds: float) -> None:
-    if isinstance(error, Unfit):
-        return stretch.refuse(str(error), seconds, error.cuts)
-    log.debug("a stretch is not compiled", exc_info=error)
-    text = str(error).strip().splitlines() or [""]
-    stretch.refuse(f"{type(error).__name__}: {text[0][:120]}", seconds, [])
-
-
-class _Task:
-    """All that compiling needs, taken while the program waits; holds none of its tensors."""
-
-    def __init__(self, compiler: Compiler, stretch: Any, found: Plan) -> None:
-        self._compiler, self._stretch, self._traced = compiler, stretch, Traced(found)
-        self._writes = found.writes
-        self._where = found.inputs, found.outputs, found.first, found.writes, set(found.varying)
-        metas = [(x.shape, x.stride(), x.dtype, x.device, x.requires_grad) for x in found.tensors]
-        self._devices = dict.fromkeys(x.device for x in found.tensors)
-        self._key = name(f"{compiler.backend} {self._traced.signature()} {metas}")
-        self.ready = self._look()
-        if not self.ready:
-            self._fake_inputs(found)
-
-    def _look(self) -> bool:
-        """Whether the function was made before, by this process or another."""
-        if self._key not in _known:
-            if (pieces := fetch(self._key)) is None:
-                return False
-            _keep(self._key, pieces)
-        return True
-
-    def _fake_inputs(self, found: Plan) -> None:
-        from torch._subclasses.fake_tensor import FakeTensorMode
-        from torch.fx.experimental.symbolic_shapes import ShapeEnv
-
-        self._mode = FakeTensorMode(
-            shape_env=ShapeEnv(), static_shapes=True, allow_non_fake_inputs=True
-        )
-        made = {id(out) for entry in found.entries for out in entry.outs}
-        self._inputs = [_fake(self._mode, x, id(x) in made) for x in found.tensors]
-
-    def run(self) -> None:
-        start = time.perf_counter()
-        try:
-            function = self._function()
-        except Exception as error:
-            return _refuse(self._stretch, error, time.perf_counter() - start)
-        placed, results = [], []
-        if isinstance(function, Pieces):
-            results = function.results
-            for address, (calls, *where) in zip(function.addresses, function.places, strict=True):
-                placed.append((self._traced.end(calls), address, *where))
-        self._stretch.attach(
-            function, *self._where, placed, results, self._traced.random,
-            self._traced.differentiable, self._device.type == "cuda", time.perf_counter() - start,
-        )  # fmt: skip
-
-    def _function(self) -> Function | Pieces:
-        if self._key not in _known:
-            self._compile()
-        function = _known[self._key]
-        if isinstance(function, Pieces) or self._device.type == "cpu":
-            return function
-        whole = list(self._devices) == [self._device] and not self._traced.differentiable
-        if whole and self._compiler.backend == "inductor":
-            function = Recorded(function, self._writes)
-        return OnDevice(function, self._device) if self._traced.varying else function
+    traced: Traced
+    inputs: Sequence[Like]
+    backend: str
 
     @property
-    def _device(self) -> torch.device:
-        return next((d for d in self._devices if d.type != "cpu"), torch.device("cpu"))
+    def computed(self) -> str:
+        """What, as text."""
+        return f"{self.backend} {self.traced.signature()} {list(self.inputs)}"
 
-    def _compile(self) -> None:
-        from torch._dynamo.convert_frame import compile_lock
-
-        compiler = self._compiler
-        if compiler.functions >= Compiler.LIMIT:
-            raise Unfit(f"{Compiler.LIMIT} functions were compiled already")
-        keep_traces_apart()
-        with compiling(), compile_lock:
-            function = compile_function(
-                self._traced, self._inputs, self._device, self._mode, compiler.backend
-            )
-        compiler.functions += 1
-        _keep(self._key, function)
-        if isinstance(function, Pieces):
-            store(self._key, function)
+    @property
+    def device(self) -> torch.device:
+        devices = (x.device for x in self.inputs)
+        return next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
 
 
-def _keep(key: str, function: Function | Pieces) -> None:
-    while len(_known) >= MOST:
-        _known.pop(next(iter(_known)))
-    _known[key] = function
-
-
-def _fake(mode: Any, x: Tensor, pending: bool) -> Tensor:
-    if not pending and not (x.requires_grad and not x.is_leaf):
-        return mode.from_tensor(x)
-    with mode:
-        made = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
-    return made.requires_grad_(x.requires_grad)
-
-
-def compile_function(
-    traced: Traced, inputs: Sequence[Tensor], device: torch.device, mode: Any, backend: str
-) -> Function | Pieces:
+def compile_function(job: Job) -> Function | Pieces:
     """list of tensors -> list of tensors, some of the former written; numbers come last."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-    given = list(inputs)
+    traced, device, backend = job.traced, job.device, job.backend
+    mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True, allow_non_fake_inputs=True)
     with mode, torch.enable_grad():
+        given = [like.fake() for like in job.inputs]
         if traced.varying:
             given.append(torch.empty(len(traced.varying), dtype=torch.float64, device=device))
         graph = make_fx(traced, tracing_mode="real")(*given)
@@ -192,7 +87,7 @@ def compile_function(
     graph.graph.eliminate_dead_code()
     graph.recompile()
     if backend == "inductor" and device.type == "cpu":
-        made = _pieces(graph, traced, len(inputs))
+        made = _pieces(graph, traced, len(job.inputs))
         if made is not None:
             return made
     function: Any = graph if backend == "aten" else _inductor(graph, given, traced)

@@ -19,7 +19,7 @@ import torch
 
 from regraft.program.errors import RegraftError
 from regraft.runtime.coexec.build import extension
-from regraft.runtime.coexec.compiled import Compiler
+from regraft.runtime.coexec.compiler import Compiler
 from regraft.runtime.coexec.hooks import install, wrap_dynamo
 from regraft.runtime.coexec.report import Report, caller, ended, made
 

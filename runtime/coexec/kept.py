@@ -9,7 +9,7 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,24 +22,39 @@ from regraft.runtime.machine import machine
 
 log = logging.getLogger("regraft")
 _OPTIONS, _PLACE = "TORCHINDUCTOR_", "TORCHINDUCTOR_CACHE_DIR"
+_SETTINGS: Sequence[tuple[Callable[[], Any], Callable[[Any], None]]] = [
+    (torch.get_num_threads, torch.set_num_threads),
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms),
+    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    (torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled),
+]
 
 
 def name(computed: str) -> str:
     """Of what a stretch computes, as text, here and with the settings of now."""
-    settings = [
-        torch.get_default_dtype(),
-        torch.are_deterministic_algorithms_enabled(),
-        torch.get_float32_matmul_precision(),
-        torch.backends.mkldnn.enabled,
-        sorted(x for x in os.environ.items() if x[0].startswith(_OPTIONS) and x[0] != _PLACE),
-        _changed(),
-    ]
-    text = f"{machine()} {_source()} {settings} {computed}"
+    given = sorted(x for x in os.environ.items() if x[0].startswith(_OPTIONS) and x[0] != _PLACE)
+    text = f"{machine()} {_source()} {given} {settings()} {computed}"
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def store(name: str, pieces: Pieces) -> None:
-    """Keep them, if the cache can be written."""
+def settings() -> Sequence[Any]:
+    """Those of now that matter."""
+    return [*(get() for get, _ in _SETTINGS), _changed()]
+
+
+def set_all(found: Sequence[Any]) -> None:
+    """As another process has them."""
+    from torch._inductor import config
+
+    for (_, put), value in zip(_SETTINGS, found, strict=False):
+        put(value)
+    for key, value in found[-1].items():
+        setattr(config, key, value)
+
+
+def store(name: str, pieces: Pieces) -> bool:
+    """Keep them; whether the cache could be written."""
     entry = {
         "places": pieces.places,
         "results": pieces.results,
@@ -52,6 +67,8 @@ def store(name: str, pieces: Pieces) -> None:
             (made / "pieces.json").write_text(json.dumps(entry))
     except OSError as error:
         log.info("regraft: compiled pieces are not kept for next time: %s", error)
+        return False
+    return True
 
 
 def fetch(name: str) -> Pieces | None:

@@ -23,6 +23,12 @@ class Unfit(Exception):
         self.cuts = list(cuts)
 
 
+def operator(name: str, overload: str) -> Any:
+    """The one with the names of its schema."""
+    space, short = name.split("::")
+    return getattr(getattr(getattr(torch.ops, space), short), overload or "default")
+
+
 @dataclass(frozen=True)
 class Backward:
     roots: list[Tensor]
@@ -52,9 +58,7 @@ class Entry:
             parts = [self.given[e - n : e] for e, n in zip(ends, counts, strict=True)]
             self.backward = Backward(parts[0], parts[1], parts[2], parts[3], keep)
             return
-        space, short = name.split("::")
-        packet = getattr(getattr(torch.ops, space), short)
-        self.op = getattr(packet, overload or "default")
+        self.op = operator(name, overload)
 
     @property
     def tags(self) -> Sequence[torch.Tag]:

@@ -1,0 +1,151 @@
+"""What an engine asks to compile the stretches that come again."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
+from regraft.runtime.coexec.compiled import Job, Like, compile_function
+from regraft.runtime.coexec.hooks import compiling, keep_traces_apart, quietly
+from regraft.runtime.coexec.kept import fetch, name, store
+from regraft.runtime.coexec.pieces import Pieces
+from regraft.runtime.coexec.recorded import Function, OnDevice, Recorded
+from regraft.runtime.coexec.stretch import Entry, Plan, Result, Unfit, plan
+from regraft.runtime.coexec.trace import Traced
+from regraft.runtime.coexec.worker import Worker
+
+log = logging.getLogger("regraft")
+_known: dict[str, Function | Pieces] = {}  # by what they compute
+MOST = 256
+
+
+class Compiler:
+    """Compiles stretches as an engine asks for them.
+
+    background: one after another while the program goes on, by a process of its own where that can;
+    otherwise at once. waiting, made: how many are to be compiled, and were; functions: how many of
+    these were like none before, at most LIMIT.
+    """
+
+    LIMIT = 32
+
+    def __init__(self, backend: str = "inductor", background: bool = True) -> None:
+        self.backend, self._background = backend, background
+        self.apart = background and backend == "inductor"
+        self.waiting = self.made = self.functions = 0
+
+    def __call__(
+        self, stretch: Any, described: list[Any], numbers: list[Any], wanted: list[Result]
+    ) -> None:
+        start = time.perf_counter()
+        with quietly():
+            try:
+                found = plan([Entry(entry) for entry in described], numbers, wanted)
+                task = _Task(self, stretch, found)
+            except Exception as error:
+                return _refuse(stretch, error, time.perf_counter() - start)
+        self.waiting += 1
+        if self._background and not task.ready:
+            _pool().submit(self._run, task)
+        else:
+            self._run(task)
+
+    def _run(self, task: _Task) -> None:
+        try:
+            task.run()
+        finally:
+            self.waiting, self.made = self.waiting - 1, self.made + 1
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    pool = ThreadPoolExecutor(1, "regraft-compile")
+    atexit.register(pool.shutdown, wait=False, cancel_futures=True)
+    return pool
+
+
+@cache
+def _worker() -> Worker:
+    worker = Worker()
+    atexit.register(worker.close)
+    return worker
+
+
+def _refuse(stretch: Any, error: Exception, seconds: float) -> None:
+    if isinstance(error, Unfit):
+        return stretch.refuse(str(error), seconds, error.cuts)
+    log.debug("a stretch is not compiled", exc_info=error)
+    text = str(error).strip().splitlines() or [""]
+    stretch.refuse(f"{type(error).__name__}: {text[0][:120]}", seconds, [])
+
+
+class _Task:
+    """All that compiling needs, taken while the program waits; holds none of its tensors."""
+
+    def __init__(self, compiler: Compiler, stretch: Any, found: Plan) -> None:
+        self._compiler, self._stretch = compiler, stretch
+        self._job = Job(Traced(found), list(map(Like.of, found.tensors)), compiler.backend)
+        self._where = found.inputs, found.outputs, found.first, found.writes, set(found.varying)
+        self._key = name(self._job.computed)
+        self.ready = self._look()
+
+    def _look(self) -> bool:
+        """Whether the function was made before, by this process or another."""
+        if self._key not in _known:
+            if (pieces := fetch(self._key)) is None:
+                return False
+            _keep(self._key, pieces)
+        return True
+
+    def run(self) -> None:
+        start = time.perf_counter()
+        try:
+            function = self._function()
+        except Exception as error:
+            return _refuse(self._stretch, error, time.perf_counter() - start)
+        traced, placed, results = self._job.traced, [], []
+        if isinstance(function, Pieces):
+            results = function.results
+            for address, (calls, *where) in zip(function.addresses, function.places, strict=True):
+                placed.append((traced.end(calls), address, *where))
+        self._stretch.attach(
+            function, *self._where, placed, results, traced.random, traced.differentiable,
+            self._job.device.type == "cuda", time.perf_counter() - start,
+        )  # fmt: skip
+
+    def _function(self) -> Function | Pieces:
+        if not self._look():
+            self._compile()
+        function, device, traced = _known[self._key], self._job.device, self._job.traced
+        if isinstance(function, Pieces) or device.type == "cpu":
+            return function
+        whole = all(x.device == device for x in self._job.inputs) and not traced.differentiable
+        if whole and self._job.backend == "inductor":
+            function = Recorded(function, self._where[3])
+        return OnDevice(function, device) if traced.varying else function
+
+    def _compile(self) -> None:
+        compiler = self._compiler
+        if compiler.functions >= Compiler.LIMIT:
+            raise Unfit(f"{Compiler.LIMIT} functions were compiled already")
+        compiler.functions += 1
+        if compiler.apart and _worker().compile(self._job) and self._look():
+            return
+        from torch._dynamo.convert_frame import compile_lock
+
+        keep_traces_apart()
+        with compiling(), compile_lock:
+            function = compile_function(self._job)
+        _keep(self._key, function)
+        if isinstance(function, Pieces):
+            store(self._key, function)
+
+
+def _keep(key: str, function: Function | Pieces) -> None:
+    while len(_known) >= MOST:
+        _known.pop(next(iter(_known)))
+    _known[key] = function
