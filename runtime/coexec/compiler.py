@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import atexit
 import logging
+import os
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -20,15 +22,17 @@ from regraft.runtime.coexec.worker import Worker
 
 log = logging.getLogger("regraft")
 _known: dict[str, Function | Pieces] = {}  # by what they compute
+_of_thread = threading.local()
 MOST = 256
+WORKERS = max(1, min(4, (os.cpu_count() or 1) // 4))
 
 
 class Compiler:
     """Compiles stretches as an engine asks for them.
 
-    background: one after another while the program goes on, by a process of its own where that can;
-    otherwise at once. waiting, made: how many are to be compiled, and were; functions: how many of
-    these were like none before, at most LIMIT.
+    background: while the program goes on, by processes of their own where these can; otherwise at
+    once. waiting, made: how many are to be compiled, and were; functions: how many of these were
+    like none before, at most LIMIT.
     """
 
     LIMIT = 32
@@ -37,6 +41,11 @@ class Compiler:
         self.backend, self._background = backend, background
         self.apart = background and backend == "inductor"
         self.waiting = self.made = self.functions = 0
+        self._lock = threading.Lock()
+
+    @property
+    def busy(self) -> bool:
+        return self.waiting >= WORKERS
 
     def __call__(
         self, stretch: Any, described: list[Any], numbers: list[Any], wanted: list[Result]
@@ -48,7 +57,7 @@ class Compiler:
                 task = _Task(self, stretch, found)
             except Exception as error:
                 return _refuse(stretch, error, time.perf_counter() - start)
-        self.waiting += 1
+        self._count(1, 0)
         if self._background and not task.ready:
             _pool().submit(self._run, task)
         else:
@@ -58,21 +67,26 @@ class Compiler:
         try:
             task.run()
         finally:
-            self.waiting, self.made = self.waiting - 1, self.made + 1
+            self._count(-1, 1)
+
+    def _count(self, waiting: int, made: int) -> None:
+        with self._lock:
+            self.waiting, self.made = self.waiting + waiting, self.made + made
 
 
 @cache
 def _pool() -> ThreadPoolExecutor:
-    pool = ThreadPoolExecutor(1, "regraft-compile")
+    pool = ThreadPoolExecutor(WORKERS, "regraft-compile")
     atexit.register(pool.shutdown, wait=False, cancel_futures=True)
     return pool
 
 
-@cache
 def _worker() -> Worker:
-    worker = Worker()
-    atexit.register(worker.close)
-    return worker
+    """This thread's."""
+    if not hasattr(_of_thread, "worker"):
+        _of_thread.worker = Worker()
+        atexit.register(_of_thread.worker.close)
+    return _of_thread.worker
 
 
 def _refuse(stretch: Any, error: Exception, seconds: float) -> None:
@@ -147,5 +161,5 @@ class _Task:
 
 def _keep(key: str, function: Function | Pieces) -> None:
     while len(_known) >= MOST:
-        _known.pop(next(iter(_known)))
+        _known.pop(next(iter(_known)), None)
     _known[key] = function

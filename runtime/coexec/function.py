@@ -136,10 +136,11 @@ class Coexecuted:
         return result
 
     def _compile(self, engine: Any, args: Any, kwargs: Any) -> Any:
-        """Until what can be compiled is, while calls go on."""
+        """Until what can be compiled is; calls go on, eagerly while compilers are busy."""
         assert self._compiler is not None
         made = self._compiler.made
-        result = self._run(self._kinds[-1], engine, args, kwargs)
+        kind = EAGER if self._compiler.busy else self._kinds[-1]
+        result = self._run(kind, engine, args, kwargs)
         idle = self._compiler.waiting == 0 and self._compiler.made == made
         self._quiet = self._quiet + 1 if idle else 0
         if self._quiet >= SETTLED:

@@ -35,7 +35,7 @@ class Worker:
         """Whether the job's pieces were kept. If not, what the compilers keep may serve."""
         buffer = io.BytesIO()
         try:
-            _Pickler(buffer).dump((name(job.computed), settings(), job))
+            _Pickler(buffer).dump((name(job.computed), dict(os.environ), settings(), job))
             reason = self._ask(buffer.getvalue())
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
@@ -92,7 +92,8 @@ def serve(pipe: Connection) -> None:
 def _compile(request: bytes) -> str:
     """Why nothing was kept; "" where it was."""
     try:
-        key, found, job = pickle.loads(request)
+        key, variables, found, job = pickle.loads(request)
+        os.environ.update(variables)
         set_all(found)
         if name(job.computed) != key:
             return "it has other settings"

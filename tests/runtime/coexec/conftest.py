@@ -38,6 +38,16 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(scope="module")
+def apart(own_cache, tmp_path_factory):
+    """A cache without the pieces of other tests."""
+    folder = tmp_path_factory.mktemp("apart")
+    (folder / "coexec").symlink_to(own_cache / "coexec")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("REGRAFT_CACHE", str(folder))
+        yield
+
+
 def state(found) -> list:
     """The tensors of whatever a program returns, with their gradients, as one flat list."""
     if isinstance(found, Tensor):

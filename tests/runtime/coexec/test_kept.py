@@ -10,30 +10,20 @@ import torch
 import regraft
 from regraft.benchmarks.programs import PROGRAMS
 from regraft.program.folders import cache_dir
-from regraft.runtime.coexec import compiled
+from regraft.runtime.coexec import compiler
 from regraft.runtime.coexec.kept import name
 
 NAME = "Adam + schedule"
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "apart")
 
 
 def losses():
     """Of a program's calls, and how many of its stretches were compiled."""
-    compiled._known.clear()
+    compiler._known.clear()
     torch.manual_seed(3)
     step = regraft.coexecute(PROGRAMS[NAME]().step, measure=False)
     found = [str(step()) for _ in range(12)]
     return found, sum(how == "compiled" for *_, how in (s[:4] for s in step.report().segments))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def apart(own_cache, tmp_path_factory):
-    """A cache without the pieces of other tests."""
-    folder = tmp_path_factory.mktemp("apart")
-    (folder / "coexec").symlink_to(own_cache / "coexec")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("REGRAFT_CACHE", str(folder))
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +40,7 @@ def fail(*args):
 
 
 def test_a_second_process_compiles_nothing(first, monkeypatch):
-    monkeypatch.setattr(compiled, "compile_function", fail)
+    monkeypatch.setattr(compiler, "compile_function", fail)
     assert losses() == first
     assert first[1] > 0
 

@@ -1,0 +1,106 @@
+"""Stretches that a process of its own compiles."""
+
+from multiprocessing import Pipe
+
+import pytest
+import torch
+
+import regraft
+from regraft.benchmarks.programs import PROGRAMS
+from regraft.runtime.coexec import compiler, kept, worker
+from regraft.runtime.coexec.compiled import Job, Like
+from regraft.runtime.coexec.worker import Worker
+
+NAME = "Adam + schedule"
+pytestmark = pytest.mark.usefixtures("one_thread", "apart")
+
+
+@pytest.fixture(scope="module")
+def one():
+    found = Worker()
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def jobs(monkeypatch):
+    """What the program asks to compile."""
+    found = []
+
+    def record(job: Job):
+        found.append(job)
+        raise RuntimeError("not compiled")
+
+    compiler._known.clear()
+    monkeypatch.setattr(compiler, "compile_function", record)
+    monkeypatch.setattr(compiler, "fetch", lambda key: None)
+    step = regraft.coexecute(PROGRAMS[NAME]().step, measure=False)
+    for _ in range(8):
+        step()
+    return found
+
+
+def settled(step):
+    compiler._known.clear()
+    while not step.settled:
+        step()
+    return [how for *_, how in (segment[:4] for segment in step.report().segments)]
+
+
+def test_the_program_compiles_nothing_itself(monkeypatch):
+    def fail(job):
+        raise AssertionError("compiled here")
+
+    monkeypatch.setattr(compiler, "compile_function", fail)
+    assert "compiled" in settled(regraft.coexecute(PROGRAMS[NAME]().step))
+
+
+def test_what_it_cannot_compile_is_compiled_here(monkeypatch, tmp_path):
+    monkeypatch.setenv("REGRAFT_CACHE", str(tmp_path))
+    monkeypatch.setattr(Worker, "compile", lambda self, job: False)
+    assert "compiled" in settled(regraft.coexecute(PROGRAMS[NAME]().step))
+
+
+def test_one_that_ended_is_started_again(one, jobs):
+    assert jobs and one.compile(jobs[0])
+    one._process.kill()
+    one._process.wait()
+    assert one.compile(jobs[0])
+
+
+def test_settings_are_the_programs(one, jobs):
+    names = set()
+    for threads, dtype in ((1, torch.float32), (2, torch.float64)):
+        torch.set_num_threads(threads)
+        torch.set_default_dtype(dtype)
+        try:
+            assert one.compile(jobs[0])
+            names.add(kept.name(jobs[0].computed))
+            assert kept.fetch(kept.name(jobs[0].computed)) is not None
+        finally:
+            torch.set_num_threads(1)
+            torch.set_default_dtype(torch.float32)
+    assert len(names) == 2
+
+
+def test_jobs_that_cannot_be_sent_are_not_its_own(one, jobs):
+    job = Job(jobs[0].traced, [*jobs[0].inputs, lambda: None], "inductor")
+    assert not one.compile(job)
+    assert one.compile(jobs[0])
+
+
+def test_an_idle_one_ends(monkeypatch):
+    monkeypatch.setattr(worker, "IDLE", 0.01)
+    ours, theirs = Pipe()
+    worker.serve(theirs)
+    ours.close()
+    worker.serve(theirs)
+
+
+@pytest.mark.parametrize("x", [
+    torch.zeros(3, 4).t(), torch.zeros(0, 2), torch.zeros(2, dtype=torch.complex64).conj(),
+    torch.zeros(2, dtype=torch.complex64).conj().imag, torch.zeros(5)[1:].expand(2, 4),
+    torch.zeros(2, requires_grad=True),
+])  # fmt: skip
+def test_likes_are_like(x):
+    assert Like.of(Like.of(x).fake()) == Like.of(x)
