@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import logging
 import os
 import threading
@@ -22,7 +21,7 @@ from regraft.runtime.coexec.worker import Worker
 
 log = logging.getLogger("regraft")
 _known: dict[str, Function | Pieces] = {}  # by what they compute
-_of_thread = threading.local()
+_workers: dict[int, Worker] = {}
 MOST = 256
 WORKERS = max(1, min(4, (os.cpu_count() or 1) // 4))
 
@@ -77,16 +76,19 @@ class Compiler:
 @cache
 def _pool() -> ThreadPoolExecutor:
     pool = ThreadPoolExecutor(WORKERS, "regraft-compile")
-    atexit.register(pool.shutdown, wait=False, cancel_futures=True)
+
+    def end() -> None:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for worker in _workers.values():
+            worker.end()
+
+    threading._register_atexit(end)  # type: ignore[attr-defined]  # before threads are waited for
     return pool
 
 
 def _worker() -> Worker:
     """This thread's."""
-    if not hasattr(_of_thread, "worker"):
-        _of_thread.worker = Worker()
-        atexit.register(_of_thread.worker.close)
-    return _of_thread.worker
+    return _workers.setdefault(threading.get_ident(), Worker())
 
 
 def _refuse(stretch: Any, error: Exception, seconds: float) -> None:

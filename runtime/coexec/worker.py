@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import pickle
+import signal
 import subprocess
 import sys
 from multiprocessing.connection import Connection, Pipe
@@ -17,7 +18,7 @@ from regraft.runtime.coexec.build import extension
 from regraft.runtime.coexec.compiled import Job, compile_function
 from regraft.runtime.coexec.kept import name, set_all, settings, store
 from regraft.runtime.coexec.pieces import Pieces
-from regraft.runtime.coexec.stretch import operator
+from regraft.runtime.coexec.stretch import Unfit, operator
 from regraft.runtime.machine import environment
 
 log = logging.getLogger("regraft")
@@ -30,15 +31,19 @@ class Worker:
     def __init__(self) -> None:
         self._process: subprocess.Popen | None = None
         self._pipe: Connection | None = None
+        self._over = False
 
     def compile(self, job: Job) -> bool:
-        """Whether the job's pieces were kept. If not, what the compilers keep may serve."""
+        """Whether the job's pieces were kept. If not, what the compilers keep may serve. Raises
+        Unfit at the program's end."""
         buffer = io.BytesIO()
         try:
             _Pickler(buffer).dump((name(job.computed), dict(os.environ), settings(), job))
             reason = self._ask(buffer.getvalue())
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
+        if self._over:
+            raise Unfit("the program ends")
         if reason:
             log.debug("a stretch is not kept by a process of its own: %s", reason)
         return not reason
@@ -53,6 +58,8 @@ class Worker:
                 return self._pipe.recv()
             except (EOFError, OSError):
                 self.close()
+            if self._over:
+                break
         raise RuntimeError("the process ended")
 
     def _start(self) -> None:
@@ -62,8 +69,14 @@ class Worker:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", __name__, str(theirs.fileno())], pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                env=environment(), start_new_session=True,
+                env=environment(),
             )  # fmt: skip
+
+    def end(self) -> None:
+        """For good, from whichever thread."""
+        self._over = True
+        if self._process is not None:
+            self._process.kill()
 
     def close(self) -> None:
         if self._pipe is not None:
@@ -106,6 +119,7 @@ def _compile(request: bytes) -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # meant for the program, that ends it
     os.nice(NICER)
     extension()  # has operators
     serve(Connection(int(sys.argv[1])))

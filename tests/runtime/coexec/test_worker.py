@@ -1,5 +1,8 @@
 """Stretches that a process of its own compiles."""
 
+import os
+import subprocess
+import sys
 from multiprocessing import Pipe
 
 import pytest
@@ -7,6 +10,7 @@ import torch
 
 import regraft
 from regraft.benchmarks.programs import PROGRAMS
+from regraft.program.folders import cache_dir
 from regraft.runtime.coexec import compiler, kept, worker
 from regraft.runtime.coexec.compiled import Job, Like
 from regraft.runtime.coexec.worker import Worker
@@ -95,6 +99,21 @@ def test_an_idle_one_ends(monkeypatch):
     worker.serve(theirs)
     ours.close()
     worker.serve(theirs)
+
+
+def test_a_program_that_ends_waits_for_no_compiler(tmp_path):
+    (tmp_path / "coexec").symlink_to(cache_dir() / "coexec")
+    code = (
+        "import regraft\n"
+        "from regraft.benchmarks.programs import PROGRAMS\n"
+        f"step = regraft.coexecute(PROGRAMS[{NAME!r}]().step)\n"
+        "while not step._compiler.waiting: step()\n"
+    )
+    own = {"REGRAFT_CACHE": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, capture_output=True, text=True, env=os.environ | own)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert not (tmp_path / "coexec-pieces").exists()
 
 
 @pytest.mark.parametrize("x", [
