@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -70,8 +71,35 @@ class Job:
         return next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
 
 
-def compile_function(job: Job) -> Function | Pieces:
-    """list of tensors -> list of tensors, some of the former written; numbers come last."""
+class Whole:
+    """One function of Inductor for a whole stretch, as another process may have made it."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+        self._function: Any = None
+
+    @property
+    def loaded(self) -> bool:
+        return self._function is not None
+
+    def __call__(self, tensors: list[Tensor]) -> Sequence[Tensor]:
+        with quietly():
+            return self.load()(*tensors)
+
+    def load(self) -> Any:
+        """Its code; takes seconds the first time, and is not for two threads."""
+        if self._function is None:
+            from torch._inductor.standalone_compile import AOTCompiledArtifact
+
+            self._function = AOTCompiledArtifact.deserialize(self.data)
+        return self._function
+
+
+def compile_function(job: Job, keep: bool = False) -> Function | Pieces:
+    """list of tensors -> list of tensors, some of the former written; numbers come last.
+
+    keep: give pieces or a ``Whole``, as far as can be; may draw random numbers.
+    """
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -90,6 +118,8 @@ def compile_function(job: Job) -> Function | Pieces:
         made = _pieces(graph, traced, len(job.inputs))
         if made is not None:
             return made
+    if keep and backend == "inductor":
+        return _whole(graph, given, traced, mode)
     function: Any = graph if backend == "aten" else _inductor(graph, given, traced)
 
     def call(tensors: list[Tensor]) -> Sequence[Tensor]:
@@ -147,15 +177,12 @@ def _options(traced: Traced) -> dict[str, Any]:
 
 def _inductor(graph: torch.fx.GraphModule, given: Sequence[Tensor], traced: Traced) -> Any:
     from torch._functorch import config as aot
-    from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx
 
-    differentiable = traced.differentiable
-    grad = torch.enable_grad if differentiable else torch.no_grad
-    examples = [x.detach().requires_grad_(differentiable and x.requires_grad) for x in given]
+    examples = _examples(given, traced)
 
     def attempt(options: dict[str, Any]) -> Any:
-        with grad(), config.patch(options), aot.patch(force_non_lazy_backward_lowering=True):
+        with _options_and_grad(options, traced), aot.patch(force_non_lazy_backward_lowering=True):
             return compile_fx(graph, examples)
 
     try:
@@ -163,3 +190,29 @@ def _inductor(graph: torch.fx.GraphModule, given: Sequence[Tensor], traced: Trac
     except Exception as error:
         log.debug("a stretch is compiled anew with its loops as they are", exc_info=error)
         return attempt(_options(traced) | PLAIN)
+
+
+def _whole(
+    graph: torch.fx.GraphModule, given: Sequence[Tensor], traced: Traced, mode: Any
+) -> Whole:
+    from torch._guards import TracingContext, tracing
+    from torch._inductor import standalone_compile
+
+    examples: list[Any] = _examples(given, traced)
+    with _options_and_grad(_options(traced), traced), tracing(TracingContext(mode)):
+        made: Any = standalone_compile(
+            graph, examples, dynamic_shapes="from_tracing_context", aot=True
+        )
+    return Whole(made.serialize())
+
+
+def _examples(given: Sequence[Tensor], traced: Traced) -> list[Tensor]:
+    return [x.detach().requires_grad_(traced.differentiable and x.requires_grad) for x in given]
+
+
+@contextmanager
+def _options_and_grad(options: dict[str, Any], traced: Traced) -> Iterator[None]:
+    from torch._inductor import config
+
+    with torch.set_grad_enabled(traced.differentiable), config.patch(options):
+        yield

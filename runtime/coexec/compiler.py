@@ -6,11 +6,13 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
-from regraft.runtime.coexec.compiled import Job, Like, compile_function
+from regraft.runtime.coexec.compiled import Job, Like, Whole, compile_function
 from regraft.runtime.coexec.hooks import compiling, keep_traces_apart, quietly
 from regraft.runtime.coexec.kept import fetch, name, store
 from regraft.runtime.coexec.pieces import Pieces
@@ -107,14 +109,14 @@ class _Task:
         self._job = Job(Traced(found), list(map(Like.of, found.tensors)), compiler.backend)
         self._where = found.inputs, found.outputs, found.first, found.writes, set(found.varying)
         self._key = name(self._job.computed)
-        self.ready = self._look()
+        self.ready = self._look() and getattr(_known[self._key], "loaded", True)
 
     def _look(self) -> bool:
         """Whether the function was made before, by this process or another."""
         if self._key not in _known:
-            if (pieces := fetch(self._key)) is None:
+            if (found := fetch(self._key)) is None:
                 return False
-            _keep(self._key, pieces)
+            _keep(self._key, found)
         return True
 
     def run(self) -> None:
@@ -137,6 +139,9 @@ class _Task:
         if not self._look():
             self._compile()
         function, device, traced = _known[self._key], self._job.device, self._job.traced
+        if isinstance(function, Whole):
+            with _apart():
+                function.load()
         if isinstance(function, Pieces) or device.type == "cpu":
             return function
         whole = all(x.device == device for x in self._job.inputs) and not traced.differentiable
@@ -151,14 +156,21 @@ class _Task:
         compiler.functions += 1
         if compiler.apart and _worker().compile(self._job) and self._look():
             return
-        from torch._dynamo.convert_frame import compile_lock
-
-        keep_traces_apart()
-        with compiling(), compile_lock:
+        with _apart():
             function = compile_function(self._job)
         _keep(self._key, function)
         if isinstance(function, Pieces):
             store(self._key, function)
+
+
+@contextmanager
+def _apart() -> Iterator[None]:
+    """For compilers in the program's process, one at a time."""
+    from torch._dynamo.convert_frame import compile_lock
+
+    keep_traces_apart()
+    with compiling(), compile_lock:
+        yield
 
 
 def _keep(key: str, function: Function | Pieces) -> None:

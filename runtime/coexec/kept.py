@@ -1,5 +1,5 @@
-"""Pieces that an earlier process compiled, a folder each in the cache: libraries, and what they are
-given and give as JSON."""
+"""What another process compiled, a folder each in the cache: libraries, and what they are given and
+give as JSON; or one function of Inductor."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ from typing import Any
 import torch
 
 from regraft.program.folders import cache_dir, folder_written_whole
+from regraft.runtime.coexec.compiled import Whole
 from regraft.runtime.coexec.pieces import Pieces
 from regraft.runtime.machine import machine
 
 log = logging.getLogger("regraft")
 _OPTIONS, _PLACE = "TORCHINDUCTOR_", "TORCHINDUCTOR_CACHE_DIR"
+_WHOLE = "whole.bin"
 _SETTINGS: Sequence[tuple[Callable[[], Any], Callable[[Any], None]]] = [
     (torch.get_num_threads, torch.set_num_threads),
     (torch.get_default_dtype, torch.set_default_dtype),
@@ -53,34 +55,41 @@ def set_all(found: Sequence[Any]) -> None:
         setattr(config, key, value)
 
 
-def store(name: str, pieces: Pieces) -> bool:
-    """Keep them; whether the cache could be written."""
-    entry = {
-        "places": pieces.places,
-        "results": pieces.results,
-        "libraries": [_digest(file) for file in pieces.files],
-    }
+def store(name: str, made: Pieces | Whole) -> bool:
+    """Keep it; whether the cache could be written."""
+    entry: dict[str, Any] = {"libraries": []}
+    if isinstance(made, Pieces):
+        entry |= {"places": made.places, "results": made.results}
     try:
-        with folder_written_whole(_folder(name)) as made:
-            for file, new in zip(pieces.files, _files(made, len(pieces.files)), strict=True):
-                shutil.copyfile(file, new)
-            (made / "pieces.json").write_text(json.dumps(entry))
+        with folder_written_whole(_folder(name)) as folder:
+            if isinstance(made, Whole):
+                (folder / _WHOLE).write_bytes(made.data)
+                entry["libraries"].append(_digest(folder / _WHOLE))
+            else:
+                for number, file in enumerate(made.files):
+                    shutil.copyfile(file, folder / f"{number}.so")
+                    entry["libraries"].append(_digest(file))
+            (folder / "pieces.json").write_text(json.dumps(entry))
     except OSError as error:
         log.info("regraft: compiled pieces are not kept for next time: %s", error)
         return False
     return True
 
 
-def fetch(name: str) -> Pieces | None:
-    """Those of that name, if they are there and whole."""
+def fetch(name: str) -> Pieces | Whole | None:
+    """That of the name, if it is there and whole."""
     folder = _folder(name)
     if not folder.is_dir():
         return None
     try:
         entry: dict[str, Any] = json.loads((folder / "pieces.json").read_text())
-        files = _files(folder, len(entry["libraries"]))
+        whole = "places" not in entry
+        count = len(entry["libraries"])
+        files = [folder / _WHOLE] if whole else [folder / f"{n}.so" for n in range(count)]
         if [_digest(file) for file in files] != entry["libraries"]:
             raise ValueError("a library is not what was written")
+        if whole:
+            return Whole(files[0].read_bytes())
         return Pieces(entry["places"], entry["results"], files)
     except (OSError, KeyError, TypeError, ValueError) as error:
         log.warning("regraft: compiled pieces are damaged and are made anew: %s", error)
@@ -97,10 +106,6 @@ def _changed() -> dict[str, Any]:
 
 def _folder(name: str) -> Path:
     return cache_dir() / "coexec-pieces" / name
-
-
-def _files(folder: Path, count: int) -> Sequence[Path]:
-    return [folder / f"{number}.so" for number in range(count)]
 
 
 def _digest(file: Path) -> str:

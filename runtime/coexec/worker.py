@@ -9,13 +9,14 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
 import torch
 
 from regraft.runtime.coexec.build import extension
-from regraft.runtime.coexec.compiled import Job, compile_function
+from regraft.runtime.coexec.compiled import Job, Whole, compile_function
 from regraft.runtime.coexec.kept import name, set_all, settings, store
 from regraft.runtime.coexec.pieces import Pieces
 from regraft.runtime.coexec.stretch import Unfit, operator
@@ -32,10 +33,10 @@ class Worker:
         self._process: subprocess.Popen | None = None
         self._pipe: Connection | None = None
         self._over = False
+        self._lock = threading.Lock()
 
     def compile(self, job: Job) -> bool:
-        """Whether the job's pieces were kept. If not, what the compilers keep may serve. Raises
-        Unfit at the program's end."""
+        """Whether what the job asks for is kept now. Raises Unfit at the program's end."""
         buffer = io.BytesIO()
         try:
             _Pickler(buffer).dump((name(job.computed), dict(os.environ), settings(), job))
@@ -65,7 +66,9 @@ class Worker:
     def _start(self) -> None:
         self.close()
         self._pipe, theirs = Pipe()
-        with theirs:
+        with theirs, self._lock:
+            if self._over:
+                return
             self._process = subprocess.Popen(
                 [sys.executable, "-m", __name__, str(theirs.fileno())], pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -74,9 +77,10 @@ class Worker:
 
     def end(self) -> None:
         """For good, from whichever thread."""
-        self._over = True
-        if self._process is not None:
-            self._process.kill()
+        with self._lock:
+            self._over = True
+            if self._process is not None:
+                self._process.kill()
 
     def close(self) -> None:
         if self._pipe is not None:
@@ -110,9 +114,8 @@ def _compile(request: bytes) -> str:
         set_all(found)
         if name(job.computed) != key:
             return "it has other settings"
-        made = compile_function(job)
-        if not isinstance(made, Pieces):
-            return "it is no piece"
+        made = compile_function(job, keep=True)
+        assert isinstance(made, Pieces | Whole)
         return "" if store(key, made) else "the cache cannot be written"
     except Exception as error:
         return f"{type(error).__name__}: {error}"

@@ -56,6 +56,7 @@ def test_a_training_step_is_one_function_and_within_rounding_of_float64():
     assert len(made) == 1 and made[0][0] > 50  # forward, backward, clipping and update
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_compiling_beside_the_program_leaves_its_random_numbers_alone(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
 
