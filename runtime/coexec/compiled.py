@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -179,17 +179,11 @@ def _inductor(graph: torch.fx.GraphModule, given: Sequence[Tensor], traced: Trac
     from torch._functorch import config as aot
     from torch._inductor.compile_fx import compile_fx
 
-    examples = _examples(given, traced)
-
     def attempt(options: dict[str, Any]) -> Any:
         with _options_and_grad(options, traced), aot.patch(force_non_lazy_backward_lowering=True):
-            return compile_fx(graph, examples)
+            return compile_fx(graph, _examples(given, traced))
 
-    try:
-        return attempt(_options(traced))
-    except Exception as error:
-        log.debug("a stretch is compiled anew with its loops as they are", exc_info=error)
-        return attempt(_options(traced) | PLAIN)
+    return _second_time_plain(attempt, traced)
 
 
 def _whole(
@@ -198,12 +192,22 @@ def _whole(
     from torch._guards import TracingContext, tracing
     from torch._inductor import standalone_compile
 
-    examples: list[Any] = _examples(given, traced)
-    with _options_and_grad(_options(traced), traced), tracing(TracingContext(mode)):
-        made: Any = standalone_compile(
-            graph, examples, dynamic_shapes="from_tracing_context", aot=True
-        )
-    return Whole(made.serialize())
+    def attempt(options: dict[str, Any]) -> Any:
+        examples: list[Any] = _examples(given, traced)
+        with _options_and_grad(options, traced), tracing(TracingContext(mode)):
+            return standalone_compile(
+                graph, examples, dynamic_shapes="from_tracing_context", aot=True
+            )
+
+    return Whole(_second_time_plain(attempt, traced).serialize())
+
+
+def _second_time_plain(attempt: Callable[[dict[str, Any]], Any], traced: Traced) -> Any:
+    try:
+        return attempt(_options(traced))
+    except Exception as error:
+        log.debug("a stretch is compiled anew with its loops as they are", exc_info=error)
+        return attempt(_options(traced) | PLAIN)
 
 
 def _examples(given: Sequence[Tensor], traced: Traced) -> list[Tensor]:
