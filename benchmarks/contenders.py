@@ -7,7 +7,6 @@ a later answer, and the peak of its resident memory, as JSON.
 from __future__ import annotations
 
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from torch import Tensor
 
 import regraft
 from regraft.program import RegraftError
+from regraft.runtime.machine import environment
 
 EAGER, COMPILED, DENSE, QUANTIZED = "eager", "torch.compile", "regraft dense", "regraft 4-bit"
 ONNX, LLAMA = "onnxruntime", "llama.cpp"
@@ -254,10 +254,9 @@ def probe_fresh(
 ) -> dict[str, float]:
     """``probe`` in a process of its own, whose compilers keep what they make in ``caches``."""
     command = [sys.executable, "-m", "regraft.benchmarks.contenders", name, str(folder)]
-    path = os.pathsep.join(dict.fromkeys(filter(None, sys.path)))
     done = subprocess.run(
         [*command, str(onnx or ""), str(gguf or "")],
-        env={**os.environ, **cache_folders(caches), "PYTHONPATH": path},
+        env=environment(**cache_folders(caches)),
         capture_output=True,
         text=True,
     )

@@ -191,12 +191,13 @@ def coexecute(
     A decorator, with or without arguments, or a call. The first calls record what operators give;
     later ones put operators off and run them in order, in whole stretches, until Python wants a
     value. backend: "inductor" compiles stretches that come again, backward passes and updates of
-    parameters included, on a thread of its own while calls go on: to pieces that begin on a second
-    core before the stretch has come whole, and on CUDA to recorded graphs. "aten" runs the graphs
-    that it is given, unfused, and "replay" the operators themselves.
-    measure: time calls of each kind first and keep the fastest, eager among them, compiling beside
-    them; without it stretches are compiled as they come, and calls wait; overlap: run operators on
-    another thread besides Python's.
+    parameters included: to pieces that begin on a second core before the stretch has come whole,
+    and on CUDA to recorded graphs. "aten" runs the graphs that it is given, unfused, and "replay"
+    the operators themselves.
+    measure: time calls of each kind first and keep the fastest, eager among them; stretches are
+    compiled meanwhile, by processes of their own where these can, and calls are eager as long as
+    these are busy. Without it they are compiled as they come, and calls wait. overlap: run
+    operators on another thread besides Python's.
 
     Replayed values, gradients, random numbers and errors are eager's, to the bit; compiled ones
     within rounding, with eager's random numbers; an index out of range may be a RuntimeError there.
