@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from numpy.ctypeslib import as_array
 from torch import Tensor
 
 import regraft
@@ -206,7 +207,7 @@ class LlamaCache:
     def call(self, ids: Tensor) -> Tensor:
         self.run.eval(ids[0].tolist())
         logits = self.library.llama_get_logits_ith(self.run.ctx, -1)
-        return torch.tensor(logits[: self.run.n_vocab()]).view(1, 1, -1)
+        return torch.from_numpy(as_array(logits, (1, 1, self.run.n_vocab())))
 
 
 def llama_contender(gguf: Path | None) -> Contender:
