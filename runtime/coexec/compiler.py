@@ -14,7 +14,7 @@ from typing import Any
 
 from regraft.runtime.coexec.compiled import Job, Like, Whole, compile_function
 from regraft.runtime.coexec.hooks import compiling, keep_traces_apart, quietly
-from regraft.runtime.coexec.kept import fetch, name, store
+from regraft.runtime.coexec.kept import fetch, name, own_options, store
 from regraft.runtime.coexec.pieces import Pieces
 from regraft.runtime.coexec.recorded import Function, OnDevice, Recorded
 from regraft.runtime.coexec.stretch import Entry, Plan, Result, Unfit, plan
@@ -169,7 +169,7 @@ def _apart() -> Iterator[None]:
     from torch._dynamo.convert_frame import compile_lock
 
     keep_traces_apart()
-    with compiling(), compile_lock:
+    with compiling(), compile_lock, own_options():
         yield
 
 

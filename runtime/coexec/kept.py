@@ -9,7 +9,8 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from regraft.runtime.machine import machine
 log = logging.getLogger("regraft")
 _OPTIONS, _PLACE = "TORCHINDUCTOR_", "TORCHINDUCTOR_CACHE_DIR"
 _WHOLE = "whole.bin"
+_before: dict[str, Any] | None = None
 _SETTINGS: Sequence[tuple[Callable[[], Any], Callable[[Any], None]]] = [
     (torch.get_num_threads, torch.set_num_threads),
     (torch.get_default_dtype, torch.set_default_dtype),
@@ -51,7 +53,8 @@ def set_all(found: Sequence[Any]) -> None:
 
     for (_, put), value in zip(_SETTINGS, found, strict=False):
         put(value)
-    for key, value in found[-1].items():
+    defaults = {key: config._config[key].default for key in _changed()}
+    for key, value in (defaults | found[-1]).items():
         setattr(config, key, value)
 
 
@@ -97,8 +100,21 @@ def fetch(name: str) -> Pieces | Whole | None:
         return None
 
 
+@contextmanager
+def own_options() -> Iterator[None]:
+    """Options of Inductor that are set in the block, for all threads, are not the program's."""
+    global _before
+    _before = _changed()
+    try:
+        yield
+    finally:
+        _before = None
+
+
 def _changed() -> dict[str, Any]:
     """Options of Inductor that are not its own; what is not imported has none."""
+    if _before is not None:
+        return _before
     config: Any = sys.modules.get("torch._inductor.config")
     now = config.save_config_portable() if config else {}
     return {key: now[key] for key in sorted(now) if now[key] != config._config[key].default}

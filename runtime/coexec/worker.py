@@ -110,6 +110,7 @@ def _compile(request: bytes) -> str:
     """Why nothing was kept; "" where it was."""
     try:
         key, variables, found, job = pickle.loads(request)
+        os.environ.clear()
         os.environ.update(variables)
         set_all(found)
         if name(job.computed) != key:

@@ -57,7 +57,9 @@ def settled(step, eager=None):
 
 
 @pytest.mark.parametrize("name", [NAME, "FasterRCNN"])  # pieces, and whole functions
-def test_the_program_compiles_nothing_itself(monkeypatch, name):
+def test_the_program_compiles_nothing_itself(monkeypatch, caplog, name):
+    caplog.set_level("DEBUG", "regraft")  # a failure shows why the worker kept nothing
+
     def fail(*_):
         raise AssertionError("compiled")
 
@@ -94,6 +96,17 @@ def test_settings_are_the_programs(one, jobs):
             torch.set_num_threads(1)
             torch.set_default_dtype(torch.float32)
     assert len(names) == 2
+
+
+def test_settings_are_those_of_each_job(one, jobs):
+    from torch._inductor import config
+
+    before = kept.name(jobs[0].computed)
+    with config.patch({"fallback_random": True}):
+        assert kept.name(jobs[0].computed) != before and one.compile(jobs[0])
+    with kept.own_options(), config.patch({"fallback_random": True}):
+        assert kept.name(jobs[0].computed) == before
+    assert one.compile(jobs[0])
 
 
 def test_jobs_that_cannot_be_sent_are_not_its_own(one, jobs):
