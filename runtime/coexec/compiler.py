@@ -81,7 +81,8 @@ def _pool() -> ThreadPoolExecutor:
 
     def end() -> None:
         pool.shutdown(wait=False, cancel_futures=True)
-        for worker in _workers.values():
+        Worker.over = True
+        for worker in list(_workers.values()):
             worker.end()
 
     threading._register_atexit(end)  # type: ignore[attr-defined]  # before threads are waited for

@@ -27,12 +27,13 @@ IDLE, NICER = 30.0, 5  # seconds without work after which it ends
 
 
 class Worker:
-    """Started at the first job, and again where it has ended."""
+    """Started at the first job, and again where it has ended. over: at the program's end."""
+
+    over = False
 
     def __init__(self) -> None:
         self._process: subprocess.Popen | None = None
         self._pipe: Connection | None = None
-        self._over = False
         self._lock = threading.Lock()
 
     def compile(self, job: Job) -> bool:
@@ -43,7 +44,7 @@ class Worker:
             reason = self._ask(buffer.getvalue())
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
-        if self._over:
+        if self.over:
             raise Unfit("the program ends")
         if reason:
             log.debug("a stretch is not kept by a process of its own: %s", reason)
@@ -59,7 +60,7 @@ class Worker:
                 return self._pipe.recv()
             except (EOFError, OSError):
                 self.close()
-            if self._over:
+            if self.over:
                 break
         raise RuntimeError("the process ended")
 
@@ -67,7 +68,7 @@ class Worker:
         self.close()
         self._pipe, theirs = Pipe()
         with theirs, self._lock:
-            if self._over:
+            if self.over:
                 return
             self._process = subprocess.Popen(
                 [sys.executable, "-m", __name__, str(theirs.fileno())], pass_fds=[theirs.fileno()],
@@ -78,7 +79,7 @@ class Worker:
     def end(self) -> None:
         """For good, from whichever thread."""
         with self._lock:
-            self._over = True
+            Worker.over = True
             if self._process is not None:
                 self._process.kill()
 
