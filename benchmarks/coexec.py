@@ -101,7 +101,8 @@ def _fresh(name: str, rival: str, device: str, folder: Path, which: str) -> dict
     if result.returncode:
         lines = result.stderr.strip().splitlines() or ["?"]
         errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Failed)\b", line)]
-        return _row(name, f"{rival}: {(errors or lines)[-1][:160]}")
+        reason = (errors or lines)[-1].partition(" Stack trace")[0]  # that names files
+        return _row(name, f"{rival}: {reason[:160]}")
     return json.loads(result.stdout.splitlines()[-1])
 
 

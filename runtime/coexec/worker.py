@@ -77,9 +77,8 @@ class Worker:
             )  # fmt: skip
 
     def end(self) -> None:
-        """For good, from whichever thread."""
+        """From whichever thread; for good once all are over."""
         with self._lock:
-            Worker.over = True
             if self._process is not None:
                 self._process.kill()
 

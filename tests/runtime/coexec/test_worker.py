@@ -11,7 +11,7 @@ import torch
 import regraft
 from regraft.benchmarks.programs import PROGRAMS
 from regraft.program.folders import cache_dir
-from regraft.runtime.coexec import compiler, kept, worker
+from regraft.runtime.coexec import compiled, compiler, kept, worker
 from regraft.runtime.coexec.compiled import Job, Like
 from regraft.runtime.coexec.worker import Worker
 
@@ -72,9 +72,10 @@ print(*{segment[3] for segment in step.report().segments}, sep=";")
 """
 
 
-def test_the_program_compiles_nothing_itself():
+@pytest.mark.parametrize("name", [NAME, "FasterRCNN"])  # pieces, and whole functions
+def test_the_program_compiles_nothing_itself(name):
     for turn in ("first", "again"):  # when nor does the worker
-        command = [sys.executable, "-c", PROGRAM, NAME, turn]
+        command = [sys.executable, "-c", PROGRAM, name, turn]
         run = subprocess.run(command, capture_output=True, text=True)
         assert {"compiled", "slower than replay"} & set(run.stdout.strip().split(";")), run.stderr
 
@@ -83,6 +84,22 @@ def test_what_it_cannot_compile_is_compiled_here(monkeypatch, tmp_path):
     monkeypatch.setenv("REGRAFT_CACHE", str(tmp_path))
     monkeypatch.setattr(Worker, "compile", lambda self, job: False)
     assert settled(regraft.coexecute(PROGRAMS[NAME]().step))
+
+
+def test_whole_functions_are_kept(jobs, monkeypatch):
+    monkeypatch.setattr(compiled, "_pieces", lambda *_: None)
+    job = jobs[0]
+    assert kept.store("whole", compiled.compile_function(job, keep=True))
+    found = [torch.rand(like.shape).as_strided(like.shape, like.stride) for like in job.inputs]
+    numbers = [torch.ones(len(job.traced.varying), dtype=torch.float64)] * bool(job.traced.varying)
+    both = []
+    for function in (kept.fetch("whole"), compiled.compile_function(job)):
+        given = [x.clone() for x in found]
+        torch.manual_seed(0)
+        with torch.no_grad():
+            both.append([*function([*given, *numbers]), *given])
+    assert any(not torch.equal(x, y) for x, y in zip(found, given, strict=True))  # it updates
+    torch.testing.assert_close(*both, equal_nan=True)
 
 
 def test_one_that_ended_is_started_again(one, jobs):
